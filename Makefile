@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0
+# The one entry point. Each target is a script in tools/, demo/ or tests/.
+
+KERNEL ?= patched
+HUGETLB ?= on
+export BASE HUGETLB
+
+help:
+	@sed -n 's/^#:: //p' Makefile
+
+#:: make tree     linux/: the base with one commit per patch (BASE=VERSION chooses the base)
+#:: make series   write the commits of linux/ back to patches/6.1/
+#:: make build    build the kernel into build/$KERNEL
+#:: make shell    boot it to a prompt
+#:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
+#:: make test     everything that must hold before a change lands
+#:: make clean    remove build/ and out/; linux/ too, unless it holds work
+#::
+#:: KERNEL=patched (default) or KERNEL=stock, the base without the series, goes with
+#:: build, shell and demo.
+
+tree: deps
+	@tools/tree
+
+series:
+	@tools/series
+
+build: tree
+	@tools/build $(KERNEL)
+
+shell: build
+	@tools/boot $(KERNEL) out/shell
+
+demo: build
+	@demo/run $(KERNEL)
+
+test: deps
+	@tests/run
+
+clean:
+	@tools/clean
+
+deps:
+	@tools/deps
+
+.PHONY: help tree series build shell demo test clean deps

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The demo's part in the VM that plays the host: runs Debian's QEMU with a virtio-gpu
+whose framebuffer is a blob, and checks the guest's screen, the way the memory took, and
+what the kernel says and gets back. usage: demo/host.py on|off (hugetlb)"""
+
+import collections
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+OUT = "/out"
+WIDTH, HEIGHT = 1024, 768
+MEMORY = 256 << 20
+HUGETLB = sys.argv[1] == "on"
+MARK = "demo: starts here"
+BOOT_TIMEOUT = 900
+
+start = time.monotonic()
+failed = 0
+
+
+def say(text):
+    print(f"  [{time.monotonic() - start:4.0f} s] {text}", flush=True)
+
+
+def check(held, text):
+    """One line of the summary; returns whether it held."""
+    global failed
+    failed += not held
+    print(f"  {'yes' if held else ' NO'}  {text}", flush=True)
+    return held
+
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
+def counters():
+    """Pins held, and the huge pages free and reserved."""
+    read("/proc/sys/vm/stat_refresh")
+    vm = dict(line.split() for line in read("/proc/vmstat").splitlines())
+    mem = dict(re.findall(r"(\w+): +(\d+)", read("/proc/meminfo")))
+    return {
+        "pins": int(vm["nr_foll_pin_acquired"]) - int(vm["nr_foll_pin_released"]),
+        "free huge pages": int(mem["HugePages_Free"]),
+        "reserved huge pages": int(mem["HugePages_Rsvd"]),
+    }
+
+
+def kernel_log():
+    """What the host's kernel said above level notice since the demo began."""
+    log = subprocess.run(["dmesg", "--level=emerg,alert,crit,err,warn"],
+                         capture_output=True, text=True, check=True).stdout
+    return log.rpartition(MARK)[2].splitlines()[1:]
+
+
+class Peer:
+    """One of QEMU's sockets, read by the line."""
+
+    def __init__(self, path, qemu):
+        self.socket = socket.socket(socket.AF_UNIX)
+        for _ in range(600):
+            try:
+                self.socket.connect(path)
+                break
+            except OSError:
+                if qemu.poll() is not None:
+                    sys.exit("QEMU did not start: " + read(OUT + "/qemu.log"))
+                time.sleep(0.1)
+        self.file = self.socket.makefile("r")
+
+    def line(self, timeout=BOOT_TIMEOUT):
+        self.socket.settimeout(timeout)
+        return self.file.readline()
+
+    def send(self, text):
+        self.socket.sendall(text.encode() + b"\n")
+
+    def command(self, name, **arguments):
+        """A QMP command; events that come before its answer are skipped."""
+        self.send(json.dumps({"execute": name, "arguments": arguments}))
+        while True:
+            answer = json.loads(self.line(60))
+            if "error" in answer:
+                sys.exit(f"QEMU refuses {name}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+
+def screen(qmp, path):
+    """The guest's screen in the framebuffer's format (blue, green, red, zero)."""
+    qmp.command("screendump", filename=path)
+    with open(path, "rb") as file:
+        magic, size, depth, rgb = file.read().split(b"\n", 3)
+    if (magic, depth) != (b"P6", b"255"):
+        sys.exit(f"QEMU wrote a screen of an unknown kind: {magic} {depth}")
+    pixels = bytearray(4 * len(rgb) // 3)
+    for colour in range(3):
+        pixels[2 - colour::4] = rgb[colour::3]
+    return size.decode(), bytes(pixels)
+
+
+def check_screen(qmp, number, checksum):
+    with open(f"{OUT}/{number}", "rb") as file:
+        picture = file.read()
+    # The guest may still be sending its last change to the screen.
+    for _ in range(10):
+        size, pixels = screen(qmp, f"{OUT}/screen{number}.ppm")
+        same = hashlib.md5(pixels).hexdigest() == checksum
+        if same:
+            break
+        time.sleep(1)
+    wrong = sum(picture[i:i + 4] != pixels[i:i + 4] for i in range(0, len(picture), 4))
+    check(size == f"{WIDTH} {HEIGHT}" and not wrong,
+          f"picture {number} is on the screen ({wrong} of {len(picture) // 4} pixels differ)")
+    check(same and any(pixels[len(picture):]),
+          "so is the text below it, and the screen is what the guest's /dev/fb0 holds")
+
+
+def check_way(qemu, before):
+    """The framebuffer went through udmabuf, and through no fallback."""
+    maps = [line for line in read(f"/proc/{qemu.pid}/maps").splitlines() if "/dmabuf" in line]
+    info = read("/sys/kernel/debug/dma_buf/bufinfo")
+    buffers = [line.split() for line in info.splitlines() if re.search(r"\sudmabuf\s", line)]
+    mapped = sum(int(b, 16) - int(a, 16) for a, b in
+                 (line.split()[0].split("-") for line in maps))
+    check(buffers, f"{len(buffers)} dma-buf(s) of exporter udmabuf, "
+                   f"{sum(int(b[0]) for b in buffers) >> 10} KiB")
+    check(mapped >= WIDTH * HEIGHT * 4, f"QEMU maps {mapped >> 10} KiB of dma-buf")
+    pins = counters()["pins"] - before["pins"]
+    check(pins > 0, f"{pins} folios of the guest's memory are pinned")
+
+
+def main():
+    kind = "hugetlb memory" if HUGETLB else "shmem"
+    if HUGETLB:
+        pages = MEMORY // (2 << 20)
+        with open("/proc/sys/vm/nr_hugepages", "w") as file:
+            file.write(str(pages + 8))
+    with open("/dev/kmsg", "w") as file:
+        file.write("<4>" + MARK + "\n")
+    before = counters()
+
+    say(f"host: Linux {os.uname().release}; starting the guest on {kind}")
+    memory = f"memory-backend-memfd,id=mem,size={MEMORY}"
+    with open(OUT + "/qemu.log", "w") as log:
+        qemu = subprocess.Popen(
+            ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-no-reboot",
+             "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+             "-m", str(MEMORY >> 20), "-machine", "q35,memory-backend=mem",
+             "-object", memory + (",hugetlb=on" if HUGETLB else ""),
+             "-device", f"virtio-gpu-pci,blob=true,xres={WIDTH},yres={HEIGHT}",
+             "-kernel", OUT + "/bzImage", "-initrd", OUT + "/initramfs",
+             "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0",
+             "-serial", f"file:{OUT}/guest.log",
+             "-serial", "unix:/run/guest,server=on,wait=off",
+             "-qmp", "unix:/run/qmp,server=on,wait=off"],
+            stdout=log, stderr=subprocess.STDOUT)
+    qmp = Peer("/run/qmp", qemu)
+    qmp.line()
+    qmp.command("qmp_capabilities")
+    guest = Peer("/run/guest", qemu)
+
+    for number in (1, 2):
+        try:
+            word = guest.line().split()
+        except TimeoutError:
+            word = []
+        if not check(word[:2] == ["drawn", str(number)], f"the guest drew picture {number}"):
+            print("       it did not get there: its log is guest.log, QEMU's is qemu.log")
+            qemu.kill()
+            break
+        say("taking the screen")
+        check_screen(qmp, number, word[2])
+        if number == 1:
+            check_way(qemu, before)
+        guest.send("go on")
+
+    try:
+        check(qemu.wait(120) == 0, "the guest powered off, QEMU ended well")
+    except subprocess.TimeoutExpired:
+        qemu.kill()
+        qemu.wait()
+        check(False, "the guest powered off, QEMU ended well")
+    # The last references to a file may be dropped a moment after its process is gone.
+    for _ in range(20):
+        after = counters()
+        if after == before:
+            break
+        time.sleep(0.5)
+    for name, value in before.items():
+        check(after[name] == value, f"{name} as before: {value}"
+              + ("" if after[name] == value else f", now {after[name]}"))
+
+    log = kernel_log()
+    check(not log, "the host's kernel log is empty above level notice"
+          + (f": it has {len(log)} lines" if log else ""))
+    kinds = collections.Counter(
+        re.sub(r"^\[[^]]*\] |\s+(pte|pfn|page):.*", "", line)
+        for line in [line for line in log if "BUG:" in line] or log)
+    for text, count in kinds.most_common(5):
+        print(f"       {count:4} x {text}")
+
+    print()
+    if failed:
+        print(f"{failed} of the demo's points did not hold on this kernel.")
+    else:
+        print(f"All of it held: the guest's framebuffer on {kind}, through udmabuf.")
+    return failed != 0
+
+
+sys.exit(main())

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# Sourced by every script here: where things are, and how errors are told.
+# An error is one line on stderr, "NAME: what happened: what to do", and status 1.
+
+set -euo pipefail
+export LC_ALL=C
+# A hook or an outer rebase must not steer the git commands below.
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE MAKEFLAGS MAKELEVEL MFLAGS
+
+# shellcheck disable=SC2034 # used by those who source this file
+me=${0##*/}
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/udmabuf-series
+# shellcheck disable=SC2034
+tree=$top/linux patches=$top/patches/6.1
+
+say() { printf '%s\n' "$me: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+case $top in
+*[[:space:]:]*) die "the kernel cannot be built under '$top': move the checkout to a path without spaces and colons" ;;
+esac
+
+# need_space DIR MIB: stop early, not in the middle of a build.
+need_space()
+{
+	local free
+	free=$(df -Pm "$1" | awk 'NR == 2 { print $4 }')
+	[ "$free" -ge "$2" ] ||
+		die "$1 has $free MiB free and this step needs $2: make room there"
+}
+
+# The patches of the series, in order, without the cover letter.
+list_patches()
+{
+	find "$patches" -maxdepth 1 -name '[0-9]*.patch' ! -name '0000-*' | sort
+}
+
+patches_hash()
+{
+	list_patches | xargs -r cat | sha256sum | cut -d' ' -f1
+}
+
+# kmake SRC OBJ ARGUMENT...: make for a kernel out of tree. With paths relative to the
+# checkout, and no time or host in the result, another checkout gets its objects from
+# ccache; the prefix map keeps file names in messages short all the same.
+kmake()
+{
+	local src=$1 obj=$2
+	shift 2
+	env CCACHE_BASEDIR="$top" CCACHE_NOHASHDIR=1 LOCALVERSION= \
+		KBUILD_BUILD_TIMESTAMP=2022-12-11 KBUILD_BUILD_VERSION=1 \
+		KBUILD_BUILD_USER=udmabuf KBUILD_BUILD_HOST=series \
+		make -C "$src" O="$obj" CC="ccache gcc" \
+		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" "$@"
+}
+
+# Git without the user's settings, where the output must be the same everywhere.
+plain_git()
+{
+	GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 git "$@"
+}
+
+# apply_series REPO DIR: a new worktree DIR of REPO's tag "base", reduced to the files
+# that the series touches, with one commit per patch on top. On failure DIR is gone
+# again. The commits depend on nothing but the base, the patches and the committer.
+apply_series()
+{
+	local repo=$1 dir=$2 list bad
+	mapfile -t list < <(list_patches)
+	rm -rf "$dir"
+	git -C "$repo" worktree prune
+	git -C "$repo" worktree add -q --detach --no-checkout "$dir" base
+	touched_files | git -C "$dir" sparse-checkout set --no-cone --stdin
+	git -C "$dir" read-tree -mu HEAD
+	[ ${#list[@]} -gt 0 ] || return 0
+	if ! git -C "$dir" config user.email >/dev/null; then
+		local -x GIT_COMMITTER_NAME=nobody GIT_COMMITTER_EMAIL=nobody@localhost
+	fi
+	git -C "$dir" -c commit.gpgSign=false am -q --committer-date-is-author-date \
+		"${list[@]}" >"$dir.log" 2>&1 || {
+		bad=$(git -C "$dir" am --show-current-patch=raw 2>/dev/null |
+			sed -n 's/^Subject: //p' | head -1)
+		sed 's/^/    /' "$dir.log" >&2
+		git -C "$dir" am --abort || true
+		git -C "$repo" worktree remove --force "$dir"
+		rm -f "$dir.log"
+		die "'${bad:-a patch}' does not apply to $(git -C "$repo" log -1 --format=%s base): refresh it there, or choose another base with BASE=VERSION"
+	}
+	rm -f "$dir.log"
+}
+
+# The files that the series touches, as patterns for git sparse-checkout.
+touched_files()
+{
+	echo /Makefile
+	list_patches | xargs -r sed -nE 's@^diff --git a/.* b/(.*)@/\1@p' | sort -u
+}
