@@ -31,10 +31,10 @@ need_space()
 		die "$1 has $free MiB free and this step needs $2: make room there"
 }
 
-# The patches of the series, in order, without the cover letter.
+# The patches of the series, in order.
 list_patches()
 {
-	find "$patches" -maxdepth 1 -name '[0-9]*.patch' ! -name '0000-*' | sort
+	find "$patches" -maxdepth 1 -name '[0-9]*.patch' | sort
 }
 
 patches_hash()
