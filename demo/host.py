@@ -15,7 +15,7 @@ import sys
 import time
 
 OUT = "/out"
-WIDTH, HEIGHT = 1024, 768
+WIDTH, HEIGHT = 1280, 800
 MEMORY = 256 << 20
 HUGETLB = sys.argv[1] == "on"
 MARK = "demo: starts here"
@@ -76,9 +76,15 @@ class Peer:
                 time.sleep(0.1)
         self.file = self.socket.makefile("r")
 
-    def line(self, timeout=BOOT_TIMEOUT):
+    def line(self, timeout):
         self.socket.settimeout(timeout)
         return self.file.readline()
+
+    def words(self):
+        try:
+            return self.line(BOOT_TIMEOUT).split()
+        except TimeoutError:
+            return []
 
     def send(self, text):
         self.socket.sendall(text.encode() + b"\n")
@@ -164,24 +170,24 @@ def main():
              "-qmp", "unix:/run/qmp,server=on,wait=off"],
             stdout=log, stderr=subprocess.STDOUT)
     qmp = Peer("/run/qmp", qemu)
-    qmp.line()
+    qmp.line(60)
     qmp.command("qmp_capabilities")
     guest = Peer("/run/guest", qemu)
 
-    for number in (1, 2):
-        try:
-            word = guest.line().split()
-        except TimeoutError:
-            word = []
+    for number in (1, 2, 3):
+        word = guest.words()
         if not check(word[:2] == ["drawn", str(number)], f"the guest drew picture {number}"):
-            print("       it did not get there: its log is guest.log, QEMU's is qemu.log")
+            print("       its log is guest.log, QEMU's is qemu.log")
             qemu.kill()
             break
         say("taking the screen")
         check_screen(qmp, number, word[2])
-        if number == 1:
-            check_way(qemu, before)
+        check_way(qemu, before)
+        say("the guest loads its display driver anew, as a reboot does")
         guest.send("go on")
+        guest.words()
+        if kernel_log():
+            say(f"the host's kernel log has {len(kernel_log())} lines above level notice")
 
     try:
         check(qemu.wait(120) == 0, "the guest powered off, QEMU ended well")
