@@ -141,7 +141,7 @@ def check_way(qemu, before):
                    f"{sum(int(b[0]) for b in buffers) >> 10} KiB")
     check(mapped >= WIDTH * HEIGHT * 4, f"QEMU maps {mapped >> 10} KiB of dma-buf")
     pins = counters()["pins"] - before["pins"]
-    check(pins > 0, f"{pins} folios of the guest's memory are pinned")
+    check(pins > 0, f"{pins} pins hold the guest's memory")
 
 
 def main():

@@ -50,6 +50,7 @@ run_selftest()
 		seen++
 		reason = ""
 		if (match($0, / # SKIP.*/)) reason = substr($0, RSTART)
+		sub("SKIP " name ": ", "SKIP ", reason)
 		print ($1 == "not" ? "not ok " : "ok ") name reason
 		bad += $1 == "not"
 		next
