@@ -14,10 +14,12 @@ help:
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     everything that must hold before a change lands
+#:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
-#:: KERNEL=patched (default) or KERNEL=stock, the base without the series, goes with
-#:: build, shell and demo.
+#:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
+#:: (with everything that kernels check about themselves) goes with build and shell;
+#:: KERNEL=stock with demo too.
 
 tree: deps
 	@tools/tree
@@ -37,10 +39,15 @@ demo: build
 test: deps
 	@tests/run
 
+test-all: deps
+	@tools/deps odd
+	@tests/run shell series apply patches selftest promises gup stock demo debug mutants odd
+	@tests/table
+
 clean:
 	@tools/clean
 
 deps:
 	@tools/deps
 
-.PHONY: help tree series build shell demo test clean deps
+.PHONY: help tree series build shell demo test test-all clean deps

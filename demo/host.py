@@ -167,7 +167,7 @@ def main():
              "-object", memory + (",hugetlb=on" if HUGETLB else ""),
              "-device", f"virtio-gpu-pci,blob=true,xres={WIDTH},yres={HEIGHT}",
              "-kernel", OUT + "/bzImage", "-initrd", OUT + "/initramfs",
-             "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0",
+             "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",
              "-serial", f"file:{OUT}/guest.log",
              "-serial", "unix:/run/guest,server=on,wait=off",
              "-qmp", "unix:/run/qmp,server=on,wait=off"],

@@ -34,20 +34,19 @@ have_patches()
 	}
 }
 
-# run_selftest NAME: the series' kselftest on the kernel of build/NAME. Prints one line per
-# case, "ok NAME", "not ok NAME" or "ok NAME # SKIP reason", and one for the accounting.
-run_selftest()
+# ktap_results RC FILE: what a kselftest program said, as one line per case, "ok NAME", "not ok
+# NAME" or "ok NAME # SKIP reason", and one for the accounting. RC is the status that the machine
+# ended with. A case during which the kernel died has failed.
+ktap_results()
 {
-	local name=$1 out=$top/out/selftest-$1 rc=0
-	rm -rf "$out"
-	mkdir -p "$out"
-	"$top/tools/boot" "$name" "$out" "$top/vm/selftest" >"$out/ktap" || rc=$?
+	local rc=$1
 	# The harness names a skipped case only before its result, in its RUN line.
 	awk -v rc=$rc '
-	/^# +RUN / { name = $3 }
+	/^# +RUN / { name = $3; running = 1 }
 	/^1\.\.[0-9]+$/ { plan = substr($0, 4) }
 	/^(not )?ok [0-9]+ / {
 		seen++
+		running = 0
 		reason = ""
 		if (match($0, / # SKIP.*/)) reason = substr($0, RSTART)
 		sub("SKIP " name ": ", "SKIP ", reason)
@@ -57,8 +56,49 @@ run_selftest()
 	}
 	/^(not )?ok / { print; bad += $1 == "not" }
 	END {
-		if (!plan) print "not ok the selftest gave no plan: see ktap"
+		if (running) print "not ok " name " # the kernel died"
+		if (!plan) print "not ok the program gave no plan: see ktap"
 		else if (seen != plan) print "not ok all " plan " cases ran: " seen + 0 " did"
 		else if (rc && !bad) print "not ok the VM ended with status " rc
-	}' "$out/ktap"
+	}' "$2"
+}
+
+# run_program KERNEL OUT PROGRAM: the results of a kselftest program, a path in the checkout, on
+# the kernel of build/KERNEL.
+run_program()
+{
+	local kernel=$1 out=$2 rc=0
+	rm -rf "$out"
+	mkdir -p "$out"
+	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" >"$out/ktap" || rc=$?
+	ktap_results $rc "$out/ktap"
+}
+
+# run_selftest KERNEL: the kselftest of udmabuf that the series carries.
+run_selftest()
+{
+	run_program "$1" "$top/out/selftest-$1" build/patched/selftests/drivers/dma-buf/udmabuf
+}
+
+# run_promises KERNEL [PROGRAM...]: the programs of vm/promises, each on a machine of its own, as
+# its line "VM:" describes it. A case is called PROGRAM.CASE.
+run_promises()
+{
+	local kernel=$1 names=("${@:2}") name machine
+	[ ${#names[@]} -gt 0 ] || names=("$top"/vm/promises/*.c)
+	mkdir -p "$work/promises" "$top/out/promises-$kernel"
+	for name in "${names[@]}"; do
+		name=$(basename "$name" .c)
+		gcc -O2 -Wall -Wextra -pthread -isystem "$top/build/patched/usr/include" \
+			-I"$top/linux/tools/testing/selftests" -I"$top/linux" \
+			-o "$work/promises/$name" "$top/vm/promises/$name.c" || {
+			echo "not ok $name compiles"
+			continue
+		}
+		machine=$(sed -n 's/^ \* VM: //p' "$top/vm/promises/$name.c")
+		(
+			eval "export $machine"
+			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises/$name"
+		) | sed -E "s/^((not )?ok )/\1$name./" | tee "$top/out/promises-$kernel/$name.results"
+	done
 }

@@ -15,6 +15,13 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/udmabuf-series
 # shellcheck disable=SC2034
 tree=$top/linux patches=$top/patches/6.1
 
+# What the kernel says when something is wrong with it, lockdep and KASAN included.
+# shellcheck disable=SC2034
+kernel_bug='WARNING: |BUG: |kernel BUG at|Oops|KASAN|UBSAN|KFENCE|Call Trace|general protection|Kernel panic'
+kernel_bug+='|possible (recursive|circular|irq lock)|inconsistent lock|suspicious RCU|DEBUG_LOCKS'
+kernel_bug+='|Bad (page|rss|swap)|bad (pmd|pud|pgd)|corrupt|INFO: .*(stall|blocked|hung)|refcount_t'
+kernel_bug+='|unable to handle|sleeping function|memory leak|Underflow|nobody cared'
+
 say() { printf '%s\n' "$me: $*" >&2; }
 die() { say "$*"; exit 1; }
 
@@ -42,17 +49,24 @@ patches_hash()
 	list_patches | xargs -r cat | sha256sum | cut -d' ' -f1
 }
 
-# kmake SRC OBJ ARGUMENT...: make for a kernel out of tree. With paths relative to the
-# checkout, and no time or host in the result, another checkout gets its objects from
-# ccache; the prefix map keeps file names in messages short all the same.
+# kmake SRC OBJ ARGUMENT...: make for a kernel out of tree, with the compiler that LLVM=1 or
+# CROSS_COMPILE=PREFIX among the arguments asks for. With paths relative to the checkout,
+# and no time or host in the result, another checkout gets its objects from ccache; the
+# prefix map keeps file names in messages short all the same.
 kmake()
 {
-	local src=$1 obj=$2
+	local src=$1 obj=$2 cc=gcc argument
 	shift 2
+	for argument; do
+		case $argument in
+		LLVM=1) cc=clang ;;
+		CROSS_COMPILE=*) cc=${argument#*=}gcc ;;
+		esac
+	done
 	env CCACHE_BASEDIR="$top" CCACHE_NOHASHDIR=1 LOCALVERSION= \
 		KBUILD_BUILD_TIMESTAMP=2022-12-11 KBUILD_BUILD_VERSION=1 \
 		KBUILD_BUILD_USER=udmabuf KBUILD_BUILD_HOST=series \
-		make -C "$src" O="$obj" CC="ccache gcc" \
+		make -C "$src" O="$obj" CC="ccache $cc" \
 		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" "$@"
 }
 
@@ -96,4 +110,10 @@ touched_files()
 {
 	echo /Makefile
 	list_patches | xargs -r sed -nE 's@^diff --git a/.* b/(.*)@/\1@p' | sort -u
+}
+
+# The objects of the kernel that the series touches.
+touched_objects()
+{
+	touched_files | sed -nE '/^\/(tools|samples)\//d; s@^/(.*)\.c$@\1.o@p'
 }

@@ -1,0 +1,1329 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Promise: whatever else happens to the memory, the file or the buffer at the same moment, a
+ * buffer is made as if it had happened before or after, or is refused with the errno that this
+ * documents. Nothing is lost: no content, no page, no pin, no huge page, no reservation.
+ *
+ * Who is affected otherwise: whoever runs more than one thread. A device that reads other memory
+ * than the program wrote, a sealed memfd that changes, a pool of huge pages that shrinks by one
+ * page a day, memory that cannot be unplugged.
+ *
+ * How it is looked for: each case is a race of two, or more, for a number of rounds. A round has
+ * a memfd of its own. Its rival acts at a moment that is drawn at random from the time that a
+ * create takes, so that all orders are met; how often each came true is told. Each round ends
+ * with the content, stamp by stamp, through both views, and each case with the books. What a
+ * racing call may return is listed where it is called.
+ *
+ * Memory that a program touches is in ZONE_MOVABLE here, on the second of two nodes, so that the
+ * creates migrate, too. Where the rival works in rounds of its own, a case tells how often.
+ *
+ * VM: MEM=4096 SMP=2 NODES=2 APPEND="movablecore=1G"
+ */
+
+#include "promise.h"
+
+#define SEED 20230611
+
+#define MOVE_PAGES_MOVE 2		/* MPOL_MF_MOVE */
+#define MOST_PAGES (24 * MIB / PAGE)
+
+static struct {
+	const struct kind *kind;
+	struct books before;
+	size_t size, pages;		/* of the memfd */
+	int dev, memfd;
+	char *mem;			/* its mapping */
+	unsigned int who;		/* wrote the stamps of this round */
+	int round;
+	size_t at, len;			/* what the rival is to work on */
+	int buffer, result;		/* what create and the rival returned */
+} t;
+
+/* What @result, a descriptor or a negative errno, may be. */
+static bool is_allowed(int result, const int *allowed)
+{
+	if (result > 0)
+		result = 0;
+	for (; *allowed <= 0; allowed++)
+		if (result == *allowed)
+			return true;
+	return false;
+}
+
+#define EXPECT_ALLOWED(result, ...) \
+	EXPECT_TRUE(is_allowed(result, (const int []) { __VA_ARGS__, 1 })) \
+		TH_LOG("round %d: %s is %d", t.round, #result, (int)(result))
+
+/* Zones: where memory must not be once it is pinned */
+
+static struct pfn_range movable[8];
+
+static void find_movable(void)
+{
+	FILE *f = fopen("/proc/zoneinfo", "re");
+	struct pfn_range *zone = movable;
+	__u64 value, spanned = 0;
+	bool here = false;
+	char line[256];
+
+	memset(movable, 0, sizeof(movable));
+	while (f && fgets(line, sizeof(line), f)) {
+		if (!strncmp(line, "Node", 4)) {
+			here = strstr(line, "zone  Movable");
+		} else if (here && sscanf(line, " spanned %llu", &value) == 1) {
+			spanned = value;
+		} else if (here && sscanf(line, " start_pfn: %llu", &value) == 1 && spanned &&
+			   zone < movable + ARRAY_SIZE(movable)) {
+			zone->start = value;
+			zone++->end = value + spanned;
+		}
+	}
+	if (f)
+		fclose(f);
+}
+
+static bool is_movable(__u64 pfn)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(movable); i++)
+		if (pfn >= movable[i].start && pfn < movable[i].end)
+			return true;
+	return false;
+}
+
+/* How many pages of the memfd are in ZONE_MOVABLE. It shows those that its mapping has touched. */
+static long movable_pages(void)
+{
+	static __u64 pfns[MOST_PAGES];
+	long n = 0;
+
+	if (!read_pfns(t.mem, t.pages, pfns))
+		return -1;
+	for (size_t i = 0; i < t.pages; i++)
+		n += is_movable(pfns[i]);
+	return n;
+}
+
+/*
+ * ZONE_MOVABLE is all on the second node, so that the first has the huge pages that holes can be
+ * filled with. Memory that is touched comes from the second, if it is preferred.
+ */
+static void prefer_movable(bool prefer)
+{
+	unsigned long node = 1UL << 1;
+
+	if (prefer)
+		syscall(SYS_set_mempolicy, 1 /* MPOL_PREFERRED */, &node, 8 * sizeof(node));
+	else
+		syscall(SYS_set_mempolicy, 0, NULL, 0);
+}
+
+/* Blocks of memory that can be taken offline */
+
+#define BLOCKS "/sys/devices/system/memory/"
+#define MOST_BLOCKS 8
+
+static struct {
+	int nr[MOST_BLOCKS], n;
+	int failed, error;		/* of the last offline_blocks() */
+	atomic_bool done;
+} blocks;
+
+static const char *block_file(int nr, const char *name)
+{
+	static __thread char path[128];
+
+	snprintf(path, sizeof(path), BLOCKS "memory%d/%s", nr, name);
+	return path;
+}
+
+/* Adds those blocks to the list that are in a zone of movable memory, and nothing else. */
+static void find_blocks(const struct pfn_range *zone)
+{
+	unsigned long size = strtoul(read_word(BLOCKS "block_size_bytes"), NULL, 16) / PAGE;
+
+	for (__u64 nr = zone->start / size; nr * size < zone->end; nr++)
+		if (blocks.n < MOST_BLOCKS &&
+		    !strcmp(read_word(block_file(nr, "valid_zones")), "Movable"))
+			blocks.nr[blocks.n++] = nr;
+}
+
+static void offline_blocks(void)
+{
+	blocks.failed = 0;
+	for (int i = 0; i < blocks.n; i++)
+		if (!write_file(block_file(blocks.nr[i], "state"), "offline")) {
+			blocks.failed++;
+			blocks.error = -errno;
+		}
+}
+
+static int online_blocks(void)
+{
+	int failed = 0;
+
+	for (int i = 0; i < blocks.n; i++)
+		if (strcmp(read_word(block_file(blocks.nr[i], "state")), "online"))
+			failed += !write_file(block_file(blocks.nr[i], "state"), "online_movable");
+	return failed;
+}
+
+/* The two that race */
+
+static void wait_until(atomic_int *what, int value)
+{
+	for (unsigned int spins = 0; atomic_load(what) < value; spins++)
+		if (spins > 3000)
+			usleep(20);
+}
+
+static struct {
+	void (*act)(void);
+	pthread_t thread;
+	atomic_int ready, go, done;	/* the round that it has got to */
+	atomic_bool end;
+	atomic_bool over;		/* what it races with, in this round */
+	int length;			/* spins that it takes what it races with */
+	int hold;			/* spins until it acts, or if negative, the other */
+} rival;
+
+static void spin(int n)
+{
+	for (int i = 0; i < n; i++)
+		atomic_load(&rival.over);
+}
+
+static void *rival_thread(void *arg)
+{
+	int length;
+
+	for (int round = 1;; round++) {
+		atomic_store(&rival.ready, round);
+		wait_until(&rival.go, round);
+		if (atomic_load(&rival.end))
+			return arg;
+		if (rival.act) {
+			spin(rival.hold);
+			rival.act();
+		} else {
+			/* Nobody races: find out how long the other takes. */
+			for (length = 0; !atomic_load(&rival.over) && length < 10000000; length++)
+				;
+			rival.length = length;
+		}
+		atomic_store(&rival.done, round);
+	}
+}
+
+static void start_rival(struct __test_metadata *_metadata)
+{
+	memset(&rival, 0, sizeof(rival));
+	ASSERT_EQ(0, pthread_create(&rival.thread, NULL, rival_thread, NULL));
+}
+
+static void end_rival(void)
+{
+	atomic_store(&rival.end, true);
+	atomic_fetch_add(&rival.go, 1);
+	pthread_join(rival.thread, NULL);
+}
+
+/* Does @mine, which takes its usual time, while the rival acts, and waits until both are done. */
+static void race_of(void (*mine)(void), void (*act)(void))
+{
+	int round = atomic_load(&rival.go) + 1;
+
+	wait_until(&rival.ready, round);
+	rival.act = act;
+	/* Before, at any time during, and after. */
+	rival.hold = rival.length ? random() % (2 * rival.length) - rival.length : 0;
+	atomic_store(&rival.over, false);
+	atomic_store(&rival.go, round);
+	spin(-rival.hold);
+	mine();
+	atomic_store(&rival.over, true);
+	wait_until(&rival.done, round);
+}
+
+static void create_whole(void)
+{
+	t.buffer = create_at(t.dev, t.memfd, 0, t.size);
+}
+
+static void race(void (*act)(void))
+{
+	race_of(create_whole, act);
+}
+
+/* Rounds: each on a memfd of its own */
+
+FIXTURE(race) {
+};
+
+FIXTURE_VARIANT(race) {
+	const struct kind *kind;
+};
+
+FIXTURE_VARIANT_ADD(race, shmem) { .kind = &shmem };
+
+FIXTURE_VARIANT_ADD(race, shmem_thp) { .kind = &shmem_thp };
+
+FIXTURE_VARIANT_ADD(race, hugetlb) { .kind = &hugetlb };
+
+static void open_case(struct __test_metadata *_metadata, const struct kind *kind)
+{
+	srandom(SEED);
+	find_movable();
+	t.kind = kind;
+	t.size = kind->page == PAGE ? 4 * MIB : 8 * MIB;
+	t.pages = t.size / PAGE;
+	ASSERT_TRUE(movable[0].end != 0) TH_LOG("no ZONE_MOVABLE");
+	ASSERT_TRUE(write_number(PARAMETERS "size_limit_mb", 1 << 20));
+	t.dev = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
+	ASSERT_GE(t.dev, 0);
+	prefer_movable(true);
+	t.before = read_books();
+}
+
+static void close_case(struct __test_metadata *_metadata)
+{
+	EXPECT_SAME_BOOKS(t.before);
+	write_file(THP_SETTING, "never");
+	write_number(PARAMETERS "size_limit_mb", 64);
+}
+
+FIXTURE_SETUP(race)
+{
+	open_case(_metadata, variant->kind);
+}
+
+FIXTURE_TEARDOWN(race)
+{
+	close_case(_metadata);
+}
+
+/* Opens a round on memory of which the first @filled bytes are there, and the rest are holes. */
+static void open_round(struct __test_metadata *_metadata, size_t filled)
+{
+	t.round++;
+	t.who = 1000 * t.round;
+	t.buffer = -1;
+	t.memfd = new_memfd(t.kind, t.size);
+	ASSERT_GE(t.memfd, 0);
+	t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+	ASSERT_NE(NULL, t.mem);
+	fill(t.mem, 0, filled / PAGE, t.who);
+}
+
+static void close_round(void)
+{
+	munmap(t.mem, t.size);
+	close(t.memfd);
+	if (t.buffer >= 0)
+		close(t.buffer);
+}
+
+/* The first round tells how long a create takes, for those that race in the rounds to come. */
+static void calibrate(struct __test_metadata *_metadata, size_t filled)
+{
+	start_rival(_metadata);
+	for (int i = 0; i < 2; i++) {
+		open_round(_metadata, filled);
+		race(NULL);
+		close_round();
+	}
+	t.round = 0;
+}
+
+static char *map_whole(struct __test_metadata *_metadata, int buffer)
+{
+	char *map = map_buffer(t.kind, buffer, t.size, PROT_READ | PROT_WRITE);
+
+	ASSERT_NE(NULL, map);
+	return map;
+}
+
+/* Both views hold the stamps of this round, and each shows what is written to the other. */
+static void check_one_memory(struct __test_metadata *_metadata, int buffer)
+{
+	char *map = map_whole(_metadata, buffer);
+
+	EXPECT_EQ(0, wrong(map, 0, t.pages, t.who));
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+	fill(map, 0, t.pages, t.who + 1);
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who + 1));
+	fill(t.mem, 0, t.pages, t.who + 2);
+	EXPECT_EQ(0, wrong(map, 0, t.pages, t.who + 2));
+	munmap(map, t.size);
+}
+
+static long nonzero(const char *at, size_t size)
+{
+	const __u64 *word = (const __u64 *)at;
+	long bad = 0;
+
+	for (size_t i = 0; i < size / sizeof(*word); i++)
+		bad += word[i] != 0;
+	return bad;
+}
+
+/* Against changes of the file */
+
+static void punch(void)
+{
+	t.result = fallocate(t.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, t.at, t.len) ?
+		-errno : 0;
+}
+
+/* Any range of pages; of hugetlb, every other time, whole huge pages, because others stay. */
+static void draw_range(void)
+{
+	size_t unit = t.round % 2 ? t.kind->page : PAGE, units = t.size / unit;
+
+	t.at = random() % units;
+	t.len = 1 + random() % (units - t.at);
+	t.at *= unit;
+	t.len *= unit;
+}
+
+/*
+ * Where the hole is, the file has zeros, and the buffer what it met: the old page, which the file
+ * has lost, or the new one, which is the file's.
+ */
+static void check_punched(struct __test_metadata *_metadata, long *met_old, long *met_new)
+{
+	size_t first = t.at / PAGE, n = t.len / PAGE, end = first + n;
+	char *map = map_whole(_metadata, t.buffer);
+	long bad = 0, lost = 0, same = 0;
+
+	EXPECT_EQ(0, wrong(t.mem, 0, first, t.who));
+	EXPECT_EQ(0, wrong(map, 0, first, t.who));
+	EXPECT_EQ(0, wrong(t.mem + end * PAGE, end, t.pages - end, t.who));
+	EXPECT_EQ(0, wrong(map + end * PAGE, end, t.pages - end, t.who));
+	for (size_t i = first; i < end; i++) {
+		__u64 seen = *stamp_of(map + i * PAGE, i);
+
+		bad += *stamp_of(t.mem + i * PAGE, i) != 0;
+		bad += seen != 0 && seen != stamp(t.who, i);
+	}
+	EXPECT_EQ(0, bad);
+
+	fill(map, 0, t.pages, t.who + 1);
+	EXPECT_EQ(0, wrong(t.mem, 0, first, t.who + 1));
+	EXPECT_EQ(0, wrong(t.mem + end * PAGE, end, t.pages - end, t.who + 1));
+	for (size_t i = first; i < end; i++) {
+		__u64 seen = *stamp_of(t.mem + i * PAGE, i);
+
+		same += seen == stamp(t.who + 1, i);
+		lost += seen == 0;
+	}
+	EXPECT_EQ((long)n, same + lost);
+	*met_old += lost;
+	*met_new += same;
+	munmap(map, t.size);
+}
+
+TEST_F(race, create_and_punch_hole)
+{
+	long met_old = 0, met_new = 0;
+
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 24 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		draw_range();
+		race(punch);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_ALLOWED(t.buffer, 0);
+		if (t.buffer >= 0)
+			check_punched(_metadata, &met_old, &met_new);
+		close_round();
+	}
+	end_rival();
+	TH_LOG("24 rounds: of punched pages, %ld met as they were, %ld as the file has them",
+	       met_old, met_new);
+}
+
+static void grow(void)
+{
+	t.result = ftruncate(t.memfd, t.size) ? -errno : 0;
+}
+
+/* The second half of the file is not there yet, and then it is, as a hole. */
+TEST_F(race, create_and_grow)
+{
+	int made = 0, refused = 0;
+
+	calibrate(_metadata, t.size / 2);
+	for (int i = 0; i < 24 && _metadata->passed; i++) {
+		open_round(_metadata, 0);
+		close_round();
+		t.memfd = new_memfd(t.kind, t.size / 2);
+		ASSERT_GE(t.memfd, 0);
+		t.mem = map_fd(t.memfd, t.size / 2, PROT_READ | PROT_WRITE);
+		ASSERT_NE(NULL, t.mem);
+		fill(t.mem, 0, t.pages / 2, t.who);
+		race(grow);
+		munmap(t.mem, t.size / 2);
+		t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+		ASSERT_NE(NULL, t.mem);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_ALLOWED(t.buffer, 0, -EINVAL);
+		EXPECT_EQ(0, nonzero(t.mem + t.size / 2, t.size / 2));
+		fill(t.mem + t.size / 2, t.pages / 2, t.pages / 2, t.who);
+		if (t.buffer >= 0)
+			check_one_memory(_metadata, t.buffer);
+		*(t.buffer >= 0 ? &made : &refused) += 1;
+		close_round();
+	}
+	end_rival();
+	TH_LOG("24 rounds: %d made, %d refused", made, refused);
+}
+
+/* Against seals */
+
+static int seals;
+
+static void seal(void)
+{
+	t.result = fcntl(t.memfd, F_ADD_SEALS, seals) ? -errno : 0;
+}
+
+/* A shared mapping would keep the seal off, even one that is for reading. */
+static void map_private(struct __test_metadata *_metadata)
+{
+	t.mem = mmap(NULL, t.size, PROT_READ, MAP_PRIVATE, t.memfd, 0);
+	ASSERT_NE(MAP_FAILED, t.mem);
+}
+
+/* A file that is sealed against writing has no buffer that could be written to. */
+TEST_F(race, create_and_seal_write)
+{
+	int made = 0, sealed = 0;
+
+	seals = F_SEAL_WRITE;
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		munmap(t.mem, t.size);
+		race(seal);
+		map_private(_metadata);
+		EXPECT_ALLOWED(t.buffer, 0, -EINVAL);
+		EXPECT_ALLOWED(t.result, 0, -EBUSY);
+		/* One of the two, and one only. */
+		EXPECT_EQ(t.buffer >= 0, t.result == -EBUSY)
+			TH_LOG("round %d: create %d, seal %d", t.round, t.buffer, t.result);
+		EXPECT_EQ(F_SEAL_SHRINK | (t.result ? 0 : F_SEAL_WRITE),
+			  fcntl(t.memfd, F_GET_SEALS));
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		made += t.buffer >= 0;
+		sealed += !t.result;
+		close_round();
+	}
+	end_rival();
+	TH_LOG("16 rounds: %d buffers, %d seals", made, sealed);
+}
+
+/* Neither is in the way of the other. */
+TEST_F(race, create_and_other_seals)
+{
+	seals = F_SEAL_GROW | F_SEAL_SEAL;
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		race(seal);
+		EXPECT_ALLOWED(t.buffer, 0);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_EQ(F_SEAL_SHRINK | seals, fcntl(t.memfd, F_GET_SEALS));
+		if (t.buffer >= 0)
+			check_one_memory(_metadata, t.buffer);
+		close_round();
+	}
+	end_rival();
+}
+
+static void shrink_and_seal(void)
+{
+	t.result = ftruncate(t.memfd, t.size - t.kind->page) ? -errno : 0;
+	if (!t.result)
+		seal();
+}
+
+/* A buffer is never longer than its file. */
+TEST_F(race, create_and_shrink)
+{
+	int made = 0;
+
+	seals = F_SEAL_SHRINK;
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, 0);
+		close_round();
+		t.memfd = memfd_create(MEMFD_NAME, t.kind->memfd_flags | MFD_ALLOW_SEALING);
+		ASSERT_GE(t.memfd, 0);
+		ASSERT_EQ(0, ftruncate(t.memfd, t.size));
+		t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+		ASSERT_NE(NULL, t.mem);
+		fill(t.mem, 0, t.pages, t.who);
+		race(shrink_and_seal);
+		EXPECT_ALLOWED(t.buffer, -EINVAL);
+		EXPECT_ALLOWED(t.result, 0);
+		made += t.buffer >= 0;
+		close_round();
+	}
+	end_rival();
+	EXPECT_EQ(0, made);
+}
+
+/* Against a second create, on holes that nobody, or a mapping, has reserved */
+
+static void create_second(void)
+{
+	t.result = create_at(t.dev, t.memfd, 0, t.size);
+}
+
+static void check_pool(struct __test_metadata *_metadata, long used, long rsvd)
+{
+	struct books now = read_books();
+
+	EXPECT_EQ(used, t.before.free - now.free);
+	EXPECT_EQ(rsvd, now.rsvd - t.before.rsvd);
+	EXPECT_EQ(t.before.surp, now.surp);
+}
+
+static void check_twins(struct __test_metadata *_metadata)
+{
+	char *map = map_whole(_metadata, t.buffer), *second = map_whole(_metadata, t.result);
+
+	EXPECT_EQ(0, nonzero(map, t.size));
+	EXPECT_EQ(0, nonzero(t.mem, t.size));
+	fill(map, 0, t.pages, t.who);
+	EXPECT_EQ(0, wrong(second, 0, t.pages, t.who));
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+	fill(second, 0, t.pages, t.who + 1);
+	EXPECT_EQ(0, wrong(map, 0, t.pages, t.who + 1));
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who + 1));
+	munmap(map, t.size);
+	munmap(second, t.size);
+}
+
+TEST_F(race, two_creates_on_holes)
+{
+	long huge = t.kind->pool ? t.size / HUGE : 0;
+
+	calibrate(_metadata, 0);
+	for (int i = 0; i < 24 && _metadata->passed; i++) {
+		bool reserve = i % 2;
+
+		open_round(_metadata, 0);
+		/* A reservation lasts as long as the file, so without one there is no mapping. */
+		if (!reserve) {
+			close_round();
+			t.memfd = new_memfd(t.kind, t.size);
+			ASSERT_GE(t.memfd, 0);
+		}
+		check_pool(_metadata, 0, reserve ? huge : 0);
+		race(create_second);
+		EXPECT_ALLOWED(t.buffer, 0);
+		EXPECT_ALLOWED(t.result, 0);
+		check_pool(_metadata, huge, 0);
+		if (!reserve)
+			t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+		check_pool(_metadata, huge, 0);
+		if (t.buffer >= 0 && t.result >= 0)
+			check_twins(_metadata);
+		close(t.result);
+		close_round();
+		check_pool(_metadata, 0, 0);
+	}
+	end_rival();
+}
+
+/* On memory that both have to migrate: the one must not fail because of the other's pins. */
+TEST_F(race, two_creates_on_movable_memory)
+{
+	long moved = 0;
+
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		moved += movable_pages();
+		race(create_second);
+		EXPECT_ALLOWED(t.buffer, 0);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		EXPECT_EQ(0, movable_pages());
+		if (t.buffer >= 0 && t.result >= 0) {
+			check_one_memory(_metadata, t.buffer);
+			fill(t.mem, 0, t.pages, t.who);
+			check_one_memory(_metadata, t.result);
+		}
+		close(t.result);
+		close_round();
+	}
+	end_rival();
+	EXPECT_EQ(16 * (long)t.pages, moved) TH_LOG("the memory was not all movable");
+}
+
+/* Against those that move memory: nobody moves what is pinned, and what moves keeps its content */
+
+static long move_all(int node, int *status)
+{
+	static void *at[MOST_PAGES];
+	static int nodes[MOST_PAGES];
+
+	for (size_t i = 0; i < t.pages; i++) {
+		at[i] = t.mem + i * PAGE;
+		nodes[i] = node;
+	}
+	return syscall(SYS_move_pages, 0, t.pages, at, nodes, status, MOVE_PAGES_MOVE);
+}
+
+static void move_between_nodes(void)
+{
+	static int status[MOST_PAGES];
+	unsigned long from = 1UL << (t.round / 2 % 2), to = 3 ^ from;
+	long ret;
+
+	/* Both return how many pages stayed. */
+	if (t.round % 2)
+		ret = move_all(t.round / 2 % 2, status);
+	else
+		ret = syscall(SYS_migrate_pages, 0, 8 * sizeof(long), &from, &to);
+	t.result = ret < 0 ? -errno : 0;
+}
+
+static void check_not_moved(struct __test_metadata *_metadata)
+{
+	static __u64 before[MOST_PAGES], after[MOST_PAGES];
+	static int status[MOST_PAGES];
+
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+	EXPECT_TRUE(read_pfns(t.mem, t.pages, before));
+	EXPECT_EQ(0, movable_pages());
+	for (int node = 0; node < 2; node++)
+		EXPECT_LE(0, move_all(node, status));
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+	EXPECT_TRUE(read_pfns(t.mem, t.pages, after));
+	EXPECT_EQ(0, memcmp(before, after, t.pages * sizeof(*before)));
+}
+
+static void race_with_mover(struct __test_metadata *_metadata, int rounds, void (*act)(void))
+{
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < rounds && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		race(act);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_ALLOWED(t.buffer, 0);
+		if (t.buffer >= 0) {
+			check_not_moved(_metadata);
+			check_one_memory(_metadata, t.buffer);
+		}
+		close_round();
+	}
+	end_rival();
+}
+
+TEST_F(race, create_and_move_between_nodes)
+{
+	race_with_mover(_metadata, 16, move_between_nodes);
+}
+
+static void compact(void)
+{
+	t.result = write_file("/proc/sys/vm/compact_memory", "1") ? 0 : -errno;
+}
+
+TEST_F(race, create_and_compaction)
+{
+	race_with_mover(_metadata, 8, compact);
+}
+
+static void page_out(void)
+{
+	t.result = madvise(t.mem, t.size, MADV_PAGEOUT) ? -errno : 0;
+}
+
+/* Of hugetlb nothing is paged out, and madvise() says so. */
+TEST_F(race, create_and_pageout)
+{
+	long swapped = value_of("/proc/vmstat", "pswpout ");
+
+	if (t.kind->pool) {
+		open_round(_metadata, t.size);
+		page_out();
+		EXPECT_ALLOWED(t.result, -EINVAL);
+		close_round();
+		return;
+	}
+	race_with_mover(_metadata, 16, page_out);
+	swapped = value_of("/proc/vmstat", "pswpout ") - swapped;
+	EXPECT_LT(0, swapped);
+	TH_LOG("16 rounds: %ld of %zu pages were swapped out", swapped, 16 * t.pages);
+}
+
+/*
+ * NUMA balancing: threads on both nodes write to all pages, again and again, each to a word of its
+ * own. No write may get lost between the old and the new page, whoever migrates it.
+ */
+
+#define WRITERS 2
+#define BALANCING "/proc/sys/kernel/numa_balancing"
+#define BALANCING_DEBUG "/sys/kernel/debug/sched/numa_balancing/"
+
+static struct writer {
+	pthread_t thread;
+	int cpu;
+	atomic_bool end;
+	atomic_long rounds;
+} writers[WRITERS];
+
+/* Where a writer counts in a page, away from the stamps. */
+static __u64 *count_of(size_t page, size_t writer)
+{
+	return (__u64 *)(t.mem + page * PAGE) + (page + 1 + writer) % (PAGE / sizeof(__u64));
+}
+
+static void *writer_thread(void *arg)
+{
+	struct writer *writer = arg;
+	cpu_set_t cpu;
+
+	CPU_ZERO(&cpu);
+	CPU_SET(writer->cpu, &cpu);
+	sched_setaffinity(0, sizeof(cpu), &cpu);
+	while (!atomic_load(&writer->end)) {
+		for (size_t page = 0; page < t.pages; page++)
+			++*(volatile __u64 *)count_of(page, writer - writers);
+		atomic_fetch_add(&writer->rounds, 1);
+	}
+	return NULL;
+}
+
+/* CPU 0 is on node 0, the last on node 1. */
+static void start_writers(struct __test_metadata *_metadata)
+{
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+
+	for (int i = 0; i < WRITERS; i++) {
+		atomic_store(&writers[i].end, false);
+		atomic_store(&writers[i].rounds, 0);
+		writers[i].cpu = i ? cpus - 1 : 0;
+		ASSERT_EQ(0, pthread_create(&writers[i].thread, NULL, writer_thread, writers + i));
+	}
+}
+
+static void end_writers(struct __test_metadata *_metadata)
+{
+	long lost = 0;
+
+	for (int i = 0; i < WRITERS; i++) {
+		atomic_store(&writers[i].end, true);
+		pthread_join(writers[i].thread, NULL);
+	}
+	for (int i = 0; i < WRITERS; i++)
+		for (size_t page = 0; page < t.pages; page++)
+			lost += *count_of(page, i) != (__u64)atomic_load(&writers[i].rounds);
+	EXPECT_EQ(0, lost);
+}
+
+/*
+ * Waits, for as long as it can take, until the kernel looks who uses the memory from where. It does
+ * not for hugetlb: there, the two just write.
+ */
+static bool wait_for_balancing(void)
+{
+	long before = value_of("/proc/vmstat", "numa_hint_faults ");
+
+	if (t.kind->pool)
+		return true;
+	for (int tries = 0; tries < 2000; tries++) {
+		if (value_of("/proc/vmstat", "numa_hint_faults ") > before)
+			return true;
+		usleep(10000);
+	}
+	return false;
+}
+
+static void balance_fast(void)
+{
+	write_number(BALANCING_DEBUG "scan_delay_ms", 1);
+	write_number(BALANCING_DEBUG "scan_period_min_ms", 1);
+	write_number(BALANCING_DEBUG "scan_period_max_ms", 10);
+	write_number(BALANCING, 1);
+}
+
+static void balance_as_before(void)
+{
+	write_number(BALANCING, 0);
+	write_number(BALANCING_DEBUG "scan_delay_ms", 1000);
+	write_number(BALANCING_DEBUG "scan_period_max_ms", 60000);
+	write_number(BALANCING_DEBUG "scan_period_min_ms", 1000);
+}
+
+TEST_F(race, create_and_numa_balancing)
+{
+	long faults = value_of("/proc/vmstat", "numa_hint_faults ");
+	long moved = value_of("/proc/vmstat", "numa_pages_migrated ");
+	int refused = 0;
+
+	ASSERT_LE(0, faults);
+	balance_fast();
+	for (int i = 0; i < 3 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		prefer_movable(false);
+		start_writers(_metadata);
+		EXPECT_TRUE(wait_for_balancing()) TH_LOG("nobody balances");
+		t.buffer = create_at(t.dev, t.memfd, 0, t.size);
+		/*
+		 * A thread that writes to a huge page while it is unmapped for migration waits for
+		 * it with a reference, and so keeps it from moving: no memory, says who must move it.
+		 */
+		EXPECT_ALLOWED(t.buffer, 0, t.kind->pool ? -ENOMEM : 0);
+		EXPECT_TRUE(wait_for_balancing()) TH_LOG("nobody balances");
+		end_writers(_metadata);
+		refused += t.buffer < 0;
+		if (t.buffer < 0)
+			create_whole();
+		EXPECT_ALLOWED(t.buffer, 0);
+		prefer_movable(true);
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		EXPECT_EQ(0, movable_pages());
+		if (t.buffer >= 0)
+			check_one_memory(_metadata, t.buffer);
+		close_round();
+	}
+	balance_as_before();
+	TH_LOG("%ld hinting faults, %ld pages migrated, %d creates refused",
+	       value_of("/proc/vmstat", "numa_hint_faults ") - faults,
+	       value_of("/proc/vmstat", "numa_pages_migrated ") - moved, refused);
+}
+
+/*
+ * Offlining takes all the memory of ZONE_MOVABLE on one node, while creates pin what is there.
+ * Where a page that is pinned stays there, it never ends: then it is interrupted, after a number
+ * of looks that is generous.
+ */
+
+static void *offline_thread(void *arg)
+{
+	offline_blocks();
+	atomic_store(&blocks.done, true);
+	return arg;
+}
+
+static void do_nothing(int sig)
+{
+	(void)sig;
+}
+
+/* Says whether offlining ended by itself. */
+static bool wait_for_offlining(pthread_t thread)
+{
+	bool ended;
+
+	for (int looks = 0; !atomic_load(&blocks.done) && looks < 3000; looks++)
+		usleep(10000);
+	ended = atomic_load(&blocks.done);
+	/* A signal may come between two blocks, and each wait wants one. */
+	while (!atomic_load(&blocks.done)) {
+		pthread_kill(thread, SIGUSR1);
+		usleep(10000);
+	}
+	pthread_join(thread, NULL);
+	return ended;
+}
+
+#define OFFLINE_BUFFERS 12
+
+/* In parts, so that the blocks go offline in the middle of it. */
+static void create_while_offlining(struct __test_metadata *_metadata, int *buffers)
+{
+	struct sigaction action = { .sa_handler = do_nothing };
+	size_t part = t.size / OFFLINE_BUFFERS / t.kind->page * t.kind->page;
+	pthread_t thread;
+
+	ASSERT_EQ(0, sigaction(SIGUSR1, &action, NULL));
+	atomic_store(&blocks.done, false);
+	ASSERT_EQ(0, pthread_create(&thread, NULL, offline_thread, NULL));
+	for (int i = 0; i < OFFLINE_BUFFERS; i++) {
+		usleep(random() % 20000);
+		buffers[i] = create_at(t.dev, t.memfd, i * part, part);
+		EXPECT_ALLOWED(buffers[i], 0);
+	}
+	EXPECT_TRUE(wait_for_offlining(thread))
+		TH_LOG("round %d: offlining does not end", t.round);
+	/* A block may be refused, with this, when it sees a page that is on its way. */
+	EXPECT_ALLOWED(blocks.failed ? blocks.error : 0, 0, -EBUSY);
+}
+
+TEST_F(race, create_and_offlining)
+{
+	int pool = pool_value(POOL_2M, "nr_hugepages"), buffers[OFFLINE_BUFFERS], offline = 0;
+
+	find_blocks(movable);
+	ASSERT_LT(0, blocks.n);
+	t.size = OFFLINE_BUFFERS * (t.kind->page == PAGE ? MIB : HUGE);
+	t.pages = t.size / PAGE;
+	for (int i = 0; i < 3 && _metadata->passed; i++) {
+		/* Offlining takes free huge pages from the pool. Half are on each node. */
+		write_number(POOL_2M "nr_hugepages", 0);
+		write_number(POOL_2M "nr_hugepages", t.kind->pool ? 2 * t.size / HUGE : 0);
+		open_round(_metadata, t.size);
+		EXPECT_LT(0, movable_pages());
+		create_while_offlining(_metadata, buffers);
+		offline += blocks.n - blocks.failed;
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		EXPECT_EQ(0, movable_pages());
+		EXPECT_EQ(0, online_blocks());
+		for (int b = 0; b < OFFLINE_BUFFERS; b++)
+			close(buffers[b]);
+		close_round();
+	}
+	write_number(POOL_2M "nr_hugepages", 0);
+	write_number(POOL_2M "nr_hugepages", pool);
+	TH_LOG("3 rounds: %d of %d blocks went offline", offline, 3 * blocks.n);
+}
+
+/* Races at the end of a buffer */
+
+/* The kernel touches memory for us, so what is not mapped is an error and no signal. */
+static bool read_word_at(const void *at, __u64 *word)
+{
+	static int fd[2];
+
+	if (!fd[1] && pipe2(fd, O_CLOEXEC))
+		return false;
+	return write(fd[1], at, sizeof(*word)) == sizeof(*word) &&
+	       read(fd[0], word, sizeof(*word)) == sizeof(*word);
+}
+
+static struct {
+	char *map;		/* of the buffer */
+	long good, gone, bad;	/* pages read */
+} reader;
+
+/* In an order that looks random: most windows are met in the middle. */
+static void read_map(void)
+{
+	size_t page = 0;
+	__u64 word;
+
+	for (size_t i = 0; i < t.pages; i++) {
+		page = (page * 1664525 + 1013904223) & (t.pages - 1);
+		if (!read_word_at(stamp_of(reader.map + page * PAGE, page), &word))
+			reader.gone++;
+		else if (word == stamp(t.who, page))
+			reader.good++;
+		else
+			reader.bad++;
+	}
+}
+
+static void unmap_buffer(void)
+{
+	t.result = munmap(reader.map, t.size) ? -errno : 0;
+}
+
+/* All but the mapping of the buffer. */
+static void close_everything(void)
+{
+	t.result = close(t.buffer) || close(t.memfd) || munmap(t.mem, t.size) ? -errno : 0;
+}
+
+static void open_reader(struct __test_metadata *_metadata)
+{
+	open_round(_metadata, t.size);
+	create_whole();
+	EXPECT_ALLOWED(t.buffer, 0);
+	ASSERT_GE(t.buffer, 0);
+	reader.map = map_whole(_metadata, t.buffer);
+}
+
+/* What is read is the content, or nothing. */
+TEST_F(race, fault_and_munmap)
+{
+	__u64 word;
+
+	EXPECT_TRUE(read_word_at(&t, &word));
+	t.before.fds += 2;
+	start_rival(_metadata);
+	for (int i = -2; i < 16 && _metadata->passed; i++) {
+		open_reader(_metadata);
+		race_of(read_map, i < 0 ? NULL : unmap_buffer);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_EQ(0, reader.bad);
+		if (i < 0)
+			unmap_buffer();
+		EXPECT_FALSE(read_word_at(reader.map, &word));
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		close_round();
+	}
+	end_rival();
+	TH_LOG("16 rounds: %ld pages read, %ld gone", reader.good, reader.gone);
+}
+
+/* The mapping holds the buffer, and the buffer its memory. */
+TEST_F(race, fault_and_close)
+{
+	__u64 word;
+
+	EXPECT_TRUE(read_word_at(&t, &word));
+	t.before.fds += 2;
+	start_rival(_metadata);
+	for (int i = -2; i < 16 && _metadata->passed; i++) {
+		open_reader(_metadata);
+		race_of(read_map, i < 0 ? NULL : close_everything);
+		EXPECT_ALLOWED(t.result, 0);
+		if (i < 0)
+			close_everything();
+		EXPECT_EQ(0, reader.bad);
+		EXPECT_EQ(0, reader.gone);
+		EXPECT_EQ(0, wrong(reader.map, 0, t.pages, t.who));
+		munmap(reader.map, t.size);
+	}
+	end_rival();
+}
+
+static void close_buffer(void)
+{
+	t.result = close(t.buffer) ? -errno : 0;
+}
+
+static int map_error;
+
+static void map_and_read(void)
+{
+	reader.map = map_buffer(t.kind, t.buffer, t.size, PROT_READ | PROT_WRITE);
+	map_error = reader.map ? 0 : -errno;
+}
+
+TEST_F(race, mmap_and_close)
+{
+	int mapped = 0;
+
+	start_rival(_metadata);
+	for (int i = -2; i < 60 && _metadata->passed; i++) {
+		/* The memory stays the same for some rounds: only the buffer is at risk. */
+		if (i < 0 || i % 6 == 0)
+			open_round(_metadata, t.size);
+		create_whole();
+		EXPECT_ALLOWED(t.buffer, 0);
+		race_of(map_and_read, i < 0 ? NULL : close_buffer);
+		EXPECT_ALLOWED(t.result, 0);
+		EXPECT_ALLOWED(map_error, 0, -EBADF);
+		if (i < 0)
+			close_buffer();
+		t.buffer = -1;
+		if (reader.map) {
+			EXPECT_EQ(0, wrong(reader.map, 0, t.pages, t.who));
+			munmap(reader.map, t.size);
+			mapped++;
+		}
+		if (i < 0 || i % 6 == 5)
+			close_round();
+	}
+	end_rival();
+	TH_LOG("60 rounds: %d mapped", mapped - 2);
+}
+
+/* A descriptor can be guessed, and closed by somebody who never got it. */
+static int guess;
+
+static void close_guess(void)
+{
+	do
+		t.result = close(guess) ? -errno : 0;
+	while (t.result == -EBADF && !atomic_load(&rival.over));
+}
+
+TEST_F(race, create_and_close_of_what_it_returns)
+{
+	int closed = 0;
+
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		guess = dup(t.memfd);
+		close(guess);
+		race(close_guess);
+		EXPECT_ALLOWED(t.result, 0, -EBADF);
+		EXPECT_ALLOWED(t.buffer, 0);
+		EXPECT_EQ(guess, t.buffer);
+		if (!t.result) {
+			EXPECT_EQ(-1, fcntl(guess, F_GETFD));
+			t.buffer = -1;
+			closed++;
+		}
+		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+		close_round();
+	}
+	end_rival();
+	TH_LOG("16 rounds: %d closed by a guess", closed);
+}
+
+/*
+ * CPU access that several threads begin and end at the same moment, in each round on a fresh
+ * buffer. No two of its pages lie side by side, so a scatter table has 128 KiB, and one that is
+ * lost is seen. Whatever else goes on takes memory too, but not in each batch; a leak does.
+ */
+
+#define SYNC_THREADS 4
+#define SYNC_ITEMS 4096
+#define SYNC_BATCHES 4			/* one more goes before, to warm the allocators up */
+#define SYNC_ROUNDS 30			/* in a batch */
+#define SYNC_LOST_KB 1024		/* in a batch: what 8 rounds would lose */
+
+static struct {
+	pthread_barrier_t begin, end;
+	atomic_int errors, go;
+} sync_race;
+
+static void *sync_thread(void *arg)
+{
+	int ret;
+
+	for (int round = 0; round < (SYNC_BATCHES + 1) * SYNC_ROUNDS; round++) {
+		pthread_barrier_wait(&sync_race.begin);
+		/* The barrier wakes one after the other: meet again, awake. */
+		atomic_fetch_add(&sync_race.go, 1);
+		wait_until(&sync_race.go, (round + 1) * SYNC_THREADS);
+		for (int i = 0; i < 3; i++) {
+			ret = sync_buffer(t.buffer, DMA_BUF_SYNC_START | DMA_BUF_SYNC_RW);
+			atomic_fetch_add(&sync_race.errors, ret != 0);
+			ret = sync_buffer(t.buffer, DMA_BUF_SYNC_END | DMA_BUF_SYNC_RW);
+			atomic_fetch_add(&sync_race.errors, ret != 0);
+		}
+		pthread_barrier_wait(&sync_race.end);
+	}
+	return arg;
+}
+
+static struct udmabuf_create_list *scattered_list(size_t count)
+{
+	struct udmabuf_create_list *list = calloc(1, sizeof(*list) + count * sizeof(*list->list));
+	size_t page = 0;
+
+	for (size_t i = 0; list && i < count; i++) {
+		list->list[i].memfd = t.memfd;
+		list->list[i].offset = page * PAGE;
+		list->list[i].size = PAGE;
+		page = (page * 1664525 + 1013904223) & (t.pages - 1);
+	}
+	if (list) {
+		list->flags = UDMABUF_FLAGS_CLOEXEC;
+		list->count = count;
+	}
+	return list;
+}
+
+static void sync_round(struct __test_metadata *_metadata, struct udmabuf_create_list *list)
+{
+	t.round++;
+	t.buffer = ioctl(t.dev, UDMABUF_CREATE_LIST, list);
+	EXPECT_LE(0, t.buffer);
+	pthread_barrier_wait(&sync_race.begin);
+	pthread_barrier_wait(&sync_race.end);
+	close(t.buffer);
+}
+
+TEST_F(race, sync_by_many)
+{
+	pthread_t threads[SYNC_THREADS];
+	struct udmabuf_create_list *list;
+	long least = LONG_MAX, before, lost;
+
+	write_number(PARAMETERS "list_limit", SYNC_ITEMS);
+	t.size = SYNC_ITEMS * PAGE;
+	t.pages = SYNC_ITEMS;
+	open_round(_metadata, t.size);
+	list = scattered_list(SYNC_ITEMS);
+	ASSERT_NE(NULL, list);
+	pthread_barrier_init(&sync_race.begin, NULL, SYNC_THREADS + 1);
+	pthread_barrier_init(&sync_race.end, NULL, SYNC_THREADS + 1);
+	for (int i = 0; i < SYNC_THREADS; i++)
+		ASSERT_EQ(0, pthread_create(threads + i, NULL, sync_thread, NULL));
+	for (int batch = 0; batch <= SYNC_BATCHES; batch++) {
+		before = available_kb();
+		for (int i = 0; i < SYNC_ROUNDS; i++)
+			sync_round(_metadata, list);
+		lost = before - available_kb();
+		if (batch && lost < least)
+			least = lost;
+	}
+	for (int i = 0; i < SYNC_THREADS; i++)
+		pthread_join(threads[i], NULL);
+	t.buffer = -1;
+	close_round();
+	write_number(PARAMETERS "list_limit", 1024);
+	EXPECT_EQ(0, atomic_load(&sync_race.errors));
+	EXPECT_LT(least, SYNC_LOST_KB)
+		TH_LOG("%d rounds lose %ld kB or more, each time", SYNC_ROUNDS, least);
+}
+
+/*
+ * A task that is killed while it fills a large hole stops: the file is not filled to its end. It
+ * is killed when the first part of the file is there.
+ */
+
+#define KILL_SIZE (640 * MIB)
+#define KILL_AT (16 * MIB)
+#define KILL_LAST (480 * MIB)
+
+static size_t filled(const struct stat *before)
+{
+	struct stat st;
+
+	if (t.kind->pool)
+		return (t.before.free - pool_value(POOL_2M, "free_hugepages")) * HUGE;
+	return fstat(t.memfd, &st) ? 0 : (st.st_blocks - before->st_blocks) * 512;
+}
+
+/* Returns how much there was when the child was gone. */
+static size_t kill_in_the_middle(struct __test_metadata *_metadata, const struct stat *before)
+{
+	size_t seen = 0;
+	int status;
+	pid_t pid;
+
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid)
+		_exit(create_at(t.dev, t.memfd, 0, KILL_SIZE) < 0);
+	while (seen < KILL_AT && !waitpid(pid, &status, WNOHANG)) {
+		seen = filled(before);
+		sched_yield();
+	}
+	EXPECT_LE(KILL_AT, seen) TH_LOG("the create ended first, with status %#x", status);
+	kill(pid, SIGKILL);
+	waitpid(pid, &status, 0);
+	return filled(before);
+}
+
+TEST_F(race, create_and_kill)
+{
+	long pool = pool_value(POOL_2M, "nr_hugepages");
+	struct stat before;
+	size_t left = 0;
+
+	/* Half of them are on the first node, and may be pinned where they are. */
+	if (t.kind->pool)
+		write_number(POOL_2M "nr_hugepages", pool + 2 * KILL_SIZE / HUGE);
+	t.before = read_books();
+	for (int i = 0; i < 3 && _metadata->passed; i++) {
+		t.memfd = new_memfd(t.kind, KILL_SIZE);
+		ASSERT_EQ(0, fstat(t.memfd, &before));
+		left = kill_in_the_middle(_metadata, &before);
+		EXPECT_LT(left, KILL_LAST)
+			TH_LOG("killed at %lu MiB, went on to %zu of %lu", KILL_AT / MIB,
+			       left / MIB, KILL_SIZE / MIB);
+		EXPECT_EQ(t.before.pins, pins());
+		close(t.memfd);
+	}
+	EXPECT_SAME_BOOKS(t.before);
+	write_number(POOL_2M "nr_hugepages", 0);
+	write_number(POOL_2M "nr_hugepages", pool);
+	t.before = read_books();
+	TH_LOG("the last one stopped at %zu of %lu MiB", left / MIB, KILL_SIZE / MIB);
+}
+
+TEST_HARNESS_MAIN
