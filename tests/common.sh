@@ -86,19 +86,19 @@ run_promises()
 {
 	local kernel=$1 names=("${@:2}") name machine
 	[ ${#names[@]} -gt 0 ] || names=("$top"/vm/promises/*.c)
-	mkdir -p "$work/promises" "$top/out/promises-$kernel"
+	mkdir -p "$work/promises-$kernel" "$top/out/promises-$kernel"
 	for name in "${names[@]}"; do
 		name=$(basename "$name" .c)
-		gcc -O2 -Wall -Wextra -pthread -isystem "$top/build/patched/usr/include" \
-			-I"$top/linux/tools/testing/selftests" -I"$top/linux" \
-			-o "$work/promises/$name" "$top/vm/promises/$name.c" || {
+		gcc -O2 -Wall -Wextra -Wno-unused-parameter -pthread -isystem "$top/build/patched/usr/include" \
+			-isystem "$top/linux/tools/testing/selftests" -I"$top/linux" \
+			-o "$work/promises-$kernel/$name" "$top/vm/promises/$name.c" || {
 			echo "not ok $name compiles"
 			continue
 		}
 		machine=$(sed -n 's/^ \* VM: //p' "$top/vm/promises/$name.c")
 		(
 			eval "export $machine"
-			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises/$name"
+			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises-$kernel/$name"
 		) | sed -E "s/^((not )?ok )/\1$name./" | tee "$top/out/promises-$kernel/$name.results"
 	done
 }

@@ -17,6 +17,7 @@
 #include "moving.h"
 
 #define AREA "/sys/kernel/debug/cma/hugetlb0/"
+#define REST (400 * MIB)		/* what is left free outside of the area */
 #define POOL_OUTSIDE 16			/* huge pages, while a case on hugetlb runs */
 #define POOL_PAGES 32
 #define SIZE (16 * MIB)
@@ -98,6 +99,20 @@ static void fill_pool(struct __test_metadata *_metadata)
 	ASSERT_EQ(POOL_PAGES, pool_value(POOL_2M, "free_hugepages"));
 }
 
+/*
+ * Movable pages are taken from the area as long as it has more than half of what is free. So have
+ * huge pages take what is free outside of it, but for some.
+ */
+static void fill_the_rest(struct __test_metadata *_metadata)
+{
+	long kb;
+
+	ASSERT_TRUE(allocate_area());
+	kb = value_of("/proc/meminfo", "MemFree") - (long)(REST / KIB);
+	write_number(POOL_2M "nr_hugepages", kb / (long)(HUGE / KIB));
+	free_area();
+}
+
 FIXTURE_SETUP(cma)
 {
 	t.kind = variant->kind;
@@ -109,6 +124,8 @@ FIXTURE_SETUP(cma)
 	write_number(POOL_2M "nr_hugepages", 0);
 	if (t.kind->pool)
 		fill_pool(_metadata);
+	else
+		fill_the_rest(_metadata);
 	t.before = read_books();
 	t.memfd = new_memfd(t.kind, SIZE);
 	ASSERT_LE(0, t.memfd);
