@@ -40,8 +40,8 @@ test: deps
 	@tests/run
 
 test-all: deps
-	@tools/deps odd
-	@tests/run shell series apply patches selftest promises gup stock demo debug mutants odd
+	@tests/run shell series apply patches selftest promises gup stock demo \
+		stock-promises gup-all debug mutants odd
 	@tests/table
 
 clean:

@@ -41,7 +41,7 @@ ktap_results()
 {
 	local rc=$1
 	# The harness names a skipped case only before its result, in its RUN line.
-	awk -v rc=$rc '
+	awk -v rc="$rc" '
 	/^# +RUN / { name = $3; running = 1 }
 	/^1\.\.[0-9]+$/ { plan = substr($0, 4) }
 	/^(not )?ok [0-9]+ / {
@@ -101,4 +101,27 @@ run_promises()
 			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises-$kernel/$name"
 		) | sed -E "s/^((not )?ok )/\1$name./" | tee "$top/out/promises-$kernel/$name.results"
 	done
+}
+
+# expect_failures LIST RESULTS: result lines that say whether the cases of LIST, lines
+# "NAME  reason", failed, and no others did.
+expect_failures()
+{
+	awk '
+	NR == FNR { if ($1 !~ /^#/ && NF) expected[$1] = 1; next }
+	{
+		failed = $1 == "not"
+		name = failed ? $3 : $2
+		if (name in expected) {
+			seen[name] = 1
+			if (failed) print "ok " name " fails on stock"
+			else if (/# SKIP/) print
+			else print "not ok " name " fails on stock: it passes"
+		} else
+			print
+	}
+	END {
+		for (name in expected)
+			if (!(name in seen)) print "not ok " name " fails on stock: there is no such case"
+	}' "$1" "$2"
 }

@@ -198,27 +198,30 @@ static inline int screen_off(const struct screen *screen)
 	return ioctl(screen->drm, DRM_IOCTL_MODE_SETCRTC, &arg) ? -errno : 0;
 }
 
-/* The CRC of a frame that was read after this was called. -1: none came. */
-static inline long long screen_crc(const struct screen *screen)
+/*
+ * Does the kernel read, of the pixels, what has this CRC? A frame that is slow to compose may have
+ * been begun before they were written: one of the next is good enough.
+ */
+static inline bool screen_shows(const struct screen *screen, unsigned int wanted)
 {
 	struct pollfd data = { .events = POLLIN };
-	unsigned int crc = 0;
 	char path[64], line[64] = "";
-	int got = 0;
+	unsigned int crc;
+	bool found = false;
 
 	snprintf(path, sizeof(path), "/sys/kernel/debug/dri/%d/crtc-0/crc/data", screen->card);
 	data.fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (data.fd < 0)
-		return -1;
-	for (int tries = 0; tries < 2; tries++)
+		return false;
+	for (int frame = 0; !found && frame < 50; frame++)
 		if (poll(&data, 1, 60000) == 1 && read(data.fd, line, sizeof(line) - 1) > 0)
-			got = sscanf(line, "%*x %x", &crc);
+			found = sscanf(line, "%*x %x", &crc) == 1 && crc == wanted;
 	close(data.fd);
-	return got == 1 ? (long long)crc : -1;
+	return found;
 }
 
 /* The CRC that it should be, of what is mapped at @at: of four 16-bit channels of each pixel. */
-static inline long long crc_of(const char *at, unsigned int lines)
+static inline unsigned int crc_of(const char *at, unsigned int lines)
 {
 	static __u32 table[256];
 	__u32 crc = 0;

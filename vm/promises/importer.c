@@ -514,23 +514,23 @@ TEST_F(importer, kernel_reads_it)
 	fb = screen_add(&screen, handle, PAGES);
 	ASSERT_LT(0, fb);
 	ASSERT_EQ(0, screen_on(&screen, fb, PAGES));
-	EXPECT_EQ(crc_of(self->mem, PAGES), screen_crc(&screen));
+	EXPECT_TRUE(screen_shows(&screen, crc_of(self->mem, PAGES)));
 
 	paint(self->mem, PAGES, 2);
-	EXPECT_EQ(crc_of(self->mem, PAGES), screen_crc(&screen));
+	EXPECT_TRUE(screen_shows(&screen, crc_of(self->mem, PAGES)));
 	if (variant->kind->pool)
 		ASSERT_TRUE(maps_frames(buffer));
 	map = map_fd(buffer, SIZE, RW);
 	ASSERT_NE(NULL, map);
 	paint(map, PAGES, 3);
 	munmap(map, SIZE);
-	EXPECT_EQ(crc_of(self->mem, PAGES), screen_crc(&screen));
+	EXPECT_TRUE(screen_shows(&screen, crc_of(self->mem, PAGES)));
 
 	/* It goes on when all but the screen have let go. */
 	close(buffer);
 	EXPECT_EQ(0, drm_close_handle(screen.drm, handle));
 	((__u32 *)(self->mem + (PAGES - 1) * PAGE))[LINE_PIXELS - 1] ^= 1;
-	EXPECT_EQ(crc_of(self->mem, PAGES), screen_crc(&screen));
+	EXPECT_TRUE(screen_shows(&screen, crc_of(self->mem, PAGES)));
 	EXPECT_EQ(-EBUSY, seal(self->memfd, self->mem));
 
 	EXPECT_EQ(0, screen_off(&screen));
@@ -567,7 +567,7 @@ TEST_F(importer, kernel_reads_a_list)
 	fb = screen_add(&screen, drm_import(screen.drm, buffer), lines);
 	ASSERT_LT(0, fb);
 	ASSERT_EQ(0, screen_on(&screen, fb, lines));
-	EXPECT_EQ(crc_of(shown, lines), screen_crc(&screen));
+	EXPECT_TRUE(screen_shows(&screen, crc_of(shown, lines)));
 	free(shown);
 	/* The descriptor of the driver is closed while the buffer is on the screen. */
 	close(screen.drm);
