@@ -381,6 +381,15 @@ static inline char *map_buffer(const struct kind *kind, int buffer, size_t size,
 	return map;
 }
 
+/*
+ * Then a kernel keeps a record of each mapping for a device, which is charged to nobody, and
+ * complains once a page is mapped more than seven times, which is nothing wrong.
+ */
+static inline bool dma_is_debugged(void)
+{
+	return !access("/sys/kernel/debug/dma-api", F_OK);
+}
+
 static inline int sync_buffer(int buffer, __u64 flags)
 {
 	struct dma_buf_sync arg = { .flags = flags };
