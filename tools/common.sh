@@ -20,7 +20,7 @@ tree=$top/linux patches=$top/patches/6.1
 kernel_bug='WARNING: |BUG: |kernel BUG at|Oops|KASAN|UBSAN|KFENCE|Call Trace|general protection|Kernel panic'
 kernel_bug+='|possible (recursive|circular|irq lock)|inconsistent lock|suspicious RCU|DEBUG_LOCKS'
 kernel_bug+='|Bad (page|rss|swap)|bad (pmd|pud|pgd)|corrupt|INFO: .*(stall|blocked|hung)|refcount_t'
-kernel_bug+='|unable to handle|sleeping function|memory leak|Underflow|nobody cared'
+kernel_bug+='|unable to handle|sleeping function|suspected memory leak|Underflow|nobody cared'
 
 say() { printf '%s\n' "$me: $*" >&2; }
 die() { say "$*"; exit 1; }
