@@ -97,7 +97,7 @@ run_promises()
 		}
 		machine=$(sed -n 's/^ \* VM: //p' "$top/vm/promises/$name.c")
 		(
-			eval "export $machine"
+			[ -z "$machine" ] || eval "export $machine"
 			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises-$kernel/$name"
 		) | sed -E "s/^((not )?ok )/\1$name./" | tee "$top/out/promises-$kernel/$name.results"
 	done

@@ -90,17 +90,22 @@ static bool is_movable(__u64 pfn)
 	return false;
 }
 
-/* How many pages of the memfd are in ZONE_MOVABLE. It shows those that its mapping has touched. */
-static long movable_pages(void)
+/* How many of the first pages of the memfd, which its mapping has touched, are in ZONE_MOVABLE. */
+static long movable_among(size_t pages)
 {
 	static __u64 pfns[MOST_PAGES];
 	long n = 0;
 
-	if (!read_pfns(t.mem, t.pages, pfns))
+	if (!read_pfns(t.mem, pages, pfns))
 		return -1;
-	for (size_t i = 0; i < t.pages; i++)
+	for (size_t i = 0; i < pages; i++)
 		n += is_movable(pfns[i]);
 	return n;
+}
+
+static long movable_pages(void)
+{
+	return movable_among(t.pages);
 }
 
 /*
@@ -658,6 +663,50 @@ TEST_F(race, two_creates_on_movable_memory)
 			check_one_memory(_metadata, t.result);
 		}
 		close(t.result);
+		close_round();
+	}
+	end_rival();
+	EXPECT_EQ(16 * (long)t.pages, moved) TH_LOG("the memory was not all movable");
+}
+
+/*
+ * On memory that has to be migrated, against one who goes on using the rest of the file: who faults
+ * and punches there holds locks of the file that migrating a huge page only tries to get.
+ */
+static void create_front(void)
+{
+	t.buffer = create_at(t.dev, t.memfd, 0, t.size / 2);
+}
+
+static void use_back(void)
+{
+	t.at = t.size / 2;
+	t.len = t.kind->page;
+	do {
+		punch();
+		t.mem[t.at] = 1;
+	} while (!t.result && !atomic_load(&rival.over));
+}
+
+TEST_F(race, create_and_use_of_the_rest)
+{
+	size_t half = t.size / 2;
+	long moved = 0;
+	char *map;
+
+	calibrate(_metadata, t.size);
+	for (int i = 0; i < 16 && _metadata->passed; i++) {
+		open_round(_metadata, t.size);
+		moved += movable_pages();
+		race_of(create_front, use_back);
+		EXPECT_EQ(0, t.result);
+		ASSERT_LE(0, t.buffer);
+		map = map_buffer(t.kind, t.buffer, half, PROT_READ | PROT_WRITE);
+		ASSERT_NE(NULL, map);
+		EXPECT_EQ(0, wrong(map, 0, half / PAGE, t.who));
+		munmap(map, half);
+		EXPECT_EQ(0, wrong(t.mem, 0, half / PAGE, t.who));
+		EXPECT_EQ(0, movable_among(half / PAGE));
 		close_round();
 	}
 	end_rival();
