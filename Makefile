@@ -15,6 +15,7 @@ help:
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     everything that must hold before a change lands
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
+#:: make bench    what udmabuf costs, beside the stock kernel and 6.12, in docs/bench.md (half an hour)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
@@ -44,10 +45,14 @@ test-all: deps
 		stock-promises gup-all debug mutants odd
 	@tests/table
 
+bench: tree
+	@tools/deps bench
+	@tools/bench
+
 clean:
 	@tools/clean
 
 deps:
 	@tools/deps
 
-.PHONY: help tree series build shell demo test test-all clean deps
+.PHONY: help tree series build shell demo test test-all bench clean deps
