@@ -15,7 +15,7 @@ help:
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     everything that must hold before a change lands
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
-#:: make bench    what udmabuf costs, beside the stock kernel and 6.12, in docs/bench.md (half an hour)
+#:: make bench    what udmabuf costs, beside the stock kernel and 6.12, in docs/bench.md
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
