@@ -112,8 +112,15 @@ touched_files()
 	list_patches | xargs -r sed -nE 's@^diff --git a/.* b/(.*)@/\1@p' | sort -u
 }
 
+# The objects of the C files that stdin names, as make knows them: what is in virt/ becomes
+# part of an architecture.
+objects_of()
+{
+	sed -nE 's@^virt/@arch/x86/kvm/../../../virt/@; s@\.c$@.o@p'
+}
+
 # The objects of the kernel that the series touches.
 touched_objects()
 {
-	touched_files | sed -nE '/^\/(tools|samples)\//d; s@^/(.*)\.c$@\1.o@p'
+	touched_files | sed -E 's@^/@@; /^(tools|samples)\//d' | objects_of
 }
