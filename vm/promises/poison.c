@@ -7,8 +7,8 @@
  * A user would notice the opposite as a machine that stops, for a page that was known to be bad.
  *
  * So: have the kernel believe that a page of a buffer has failed, before anybody has touched it
- * there, and look at it and at what is around it. Such a page never comes back, nor does the huge
- * page that it is part of: what is looked for afterwards are pins and descriptors.
+ * there, and look at it and at what is around it. Afterwards it is told the truth, since it would
+ * never use the page again.
  *
  * VM: MEM=2048 SMP=2
  */
@@ -19,6 +19,7 @@
 
 #define SIZE (4 * HUGE)
 #define PAGES (SIZE / PAGE)
+#define UNPOISON "/sys/kernel/debug/hwpoison/unpoison-pfn"
 #define BAD 700			/* the page that fails, in the second huge page */
 
 static struct {
@@ -26,6 +27,7 @@ static struct {
 	struct books before;
 	int memfd, buffer;
 	char *mem, *map;		/* the memfd's view, and the buffer's */
+	__u64 pfn;			/* of the page that fails */
 } t;
 
 FIXTURE(poison) {
@@ -46,8 +48,6 @@ FIXTURE_SETUP(poison)
 	t.kind = variant->kind;
 	t.memfd = -1;
 	t.buffer = -1;
-	if (t.kind->pool)
-		ASSERT_LE(SIZE / HUGE, pool_value(t.kind->pool, "free_hugepages"));
 	t.before = read_books();
 	t.memfd = new_memfd(t.kind, SIZE);
 	ASSERT_LE(0, t.memfd);
@@ -58,6 +58,11 @@ FIXTURE_SETUP(poison)
 	ASSERT_LE(0, t.buffer);
 	t.map = map_buffer(t.kind, t.buffer, SIZE, PROT_READ | PROT_WRITE);
 	ASSERT_NE(NULL, t.map);
+
+	t.pfn = pfn_of(t.mem + BAD * PAGE);
+	ASSERT_NE(PFN_NONE, t.pfn);
+	if (t.kind->pool)
+		t.pfn -= BAD % (HUGE / PAGE);	/* of a huge page, the head */
 
 	/* The kernel says that memory is corrupted, which is what it was told. */
 	ASSERT_TRUE(write_file("/proc/sys/kernel/printk", "3"));
@@ -74,8 +79,9 @@ FIXTURE_TEARDOWN(poison)
 		munmap(t.mem, SIZE);
 	close(t.buffer);
 	close(t.memfd);
+	if (t.pfn)
+		EXPECT_TRUE(write_number(UNPOISON, t.pfn));
 	write_file("/proc/sys/kernel/printk", "7");
-	t.before.free = pool_value(POOL_2M, "free_hugepages");
 	EXPECT_SAME_BOOKS(t.before);
 }
 
@@ -119,7 +125,7 @@ static size_t wrong_pages(bool write)
 
 	for (size_t page = 0; page < PAGES; page++)
 		if (is_bad(page) ? !touch_fails(page, write) :
-				   touch_fails(page, write) || wrong(t.map, page, 1, 1000))
+				   touch_fails(page, write) || wrong(t.map + page * PAGE, page, 1, 1000))
 			n++;
 	return n;
 }
@@ -163,10 +169,11 @@ TEST_F(poison, debugger)
 	close(mem);
 }
 
+/* None is made of the page, nor of anything else in the folio that it is part of. */
 TEST_F(poison, another_buffer)
 {
-	size_t first = is_bad(BAD - 1) ? BAD / (HUGE / PAGE) * (HUGE / PAGE) : BAD;
-	int other = create(t.memfd, 0, first * PAGE);
+	size_t folio = t.kind->page / PAGE;
+	int other = create(t.memfd, 0, BAD / folio * folio * PAGE);
 
 	EXPECT_EQ(-EIO, create(t.memfd, 0, SIZE));
 	EXPECT_EQ(-EIO, create(t.memfd, BAD * PAGE, PAGE));
