@@ -13,9 +13,9 @@ help:
 #:: make build    build the kernel into build/$KERNEL
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
-#:: make test     everything that must hold before a change lands
+#:: make test     what must hold before a change lands: about 20 minutes, the first time an hour
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
-#:: make bench    what udmabuf costs, beside the stock kernel and 6.12, in docs/bench.md
+#:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
@@ -37,10 +37,10 @@ shell: build
 demo: build
 	@demo/run $(KERNEL)
 
-test: deps
+test:
 	@tests/run
 
-test-all: deps
+test-all:
 	@tests/run shell series apply patches selftest promises gup stock demo \
 		stock-promises gup-all debug mutants odd
 	@tests/table
