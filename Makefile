@@ -3,7 +3,7 @@
 
 KERNEL ?= patched
 HUGETLB ?= on
-export BASE HUGETLB
+export BASE HUGETLB CONFIG
 
 help:
 	@sed -n 's/^#:: //p' Makefile
@@ -16,6 +16,8 @@ help:
 #:: make test     what must hold before a change lands: 20 minutes, the first time half an hour
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
 #:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
+#:: make dist     the series, cover letter and documentation as one tarball in out/dist
+#:: make deb      Debian packages in out/deb, configured as your kernel is (or CONFIG=FILE)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
@@ -41,13 +43,19 @@ test:
 	@tests/run
 
 test-all:
-	@tests/run shell series apply patches selftest promises gup stock demo \
-		stock-promises gup-all debug mutants odd
+	@tests/run shell series dist apply patches selftest promises gup stock demo \
+		stock-promises gup-all debug mutants odd deb
 	@tests/table
 
 bench: tree
 	@tools/deps bench
 	@tools/bench
+
+dist: tree
+	@tools/dist
+
+deb: tree
+	@tools/deb
 
 clean:
 	@tools/clean
@@ -55,4 +63,4 @@ clean:
 deps:
 	@tools/deps
 
-.PHONY: help tree series build shell demo test test-all bench clean deps
+.PHONY: help tree series build shell demo test test-all bench dist deb clean deps

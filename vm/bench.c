@@ -199,6 +199,8 @@ static bool life(const struct kind *kind, size_t size, bool holes, unsigned int 
 
 	if (!holes)
 		populate(kind, memfd, size);
+	/* What went before has its last memory given back a grace period later. */
+	usleep(100000);
 	before = kernel_bytes();
 	t = now();
 	fd = create(memfd, size, items);
