@@ -17,6 +17,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,6 +89,21 @@ static long kernel_bytes(void)
 	if (f)
 		fclose(f);
 	return sum;
+}
+
+/*
+ * What went before has its last memory given back a grace period later, and leaves free objects in
+ * slabs, which would hide what comes next.
+ */
+static void settle(void)
+{
+	glob_t slabs = { 0 };
+
+	usleep(100000);
+	glob("/sys/kernel/slab/*kmalloc-*/shrink", 0, NULL, &slabs);
+	for (size_t i = 0; i < slabs.gl_pathc; i++)
+		write_file(slabs.gl_pathv[i], "1");
+	globfree(&slabs);
 }
 
 static int new_memfd(const struct kind *kind, size_t size)
@@ -199,8 +215,7 @@ static bool life(const struct kind *kind, size_t size, bool holes, unsigned int 
 
 	if (!holes)
 		populate(kind, memfd, size);
-	/* What went before has its last memory given back a grace period later. */
-	usleep(100000);
+	settle();
 	before = kernel_bytes();
 	t = now();
 	fd = create(memfd, size, items);
