@@ -77,7 +77,8 @@ run_program()
 # run_selftest KERNEL: the kselftest of udmabuf that the series carries.
 run_selftest()
 {
-	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3} run_program "$1" "$top/out/selftest-$1" build/patched/selftests/drivers/dma-buf/udmabuf
+	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3} \
+		run_program "$1" "$top/out/selftest-$1" build/patched/selftests/drivers/dma-buf/udmabuf
 }
 
 # run_promises KERNEL [PROGRAM...]: the programs of vm/promises, each on a machine of its own, as
