@@ -43,7 +43,7 @@ test:
 	@tests/run
 
 test-all:
-	@tests/run shell series dist apply patches selftest promises gup stock demo \
+	@tests/run shell series dist apply patches selftest promises gup stock examples demo \
 		stock-promises gup-all debug mutants odd deb
 	@tests/table
 

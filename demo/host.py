@@ -1,22 +1,29 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The demo's part in the VM that plays the host: runs Debian's QEMU with a virtio-gpu
-whose framebuffer is a blob, and checks the guest's screen, the way the memory took, and
-what the kernel says and gets back. usage: demo/host.py on|off (hugetlb)"""
+"""The demo's part in the VM that plays the host: does what README says under "Use it
+with QEMU", and so runs Debian's QEMU with a virtio-gpu whose framebuffer is a blob; checks
+the guest's screen, the way the memory took, and what the kernel says and gets back.
+usage: demo/host.py on|off (hugetlb)"""
 
 import collections
+import grp
 import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
 
 OUT = "/out"
+RUN = "/run/demo"  # QEMU's own
+README = os.path.join(os.path.dirname(__file__), "../README.md")
+RULE = "/etc/udev/rules.d/70-udmabuf.rules"
+USER = 65534  # nobody, who is in the group that the rule names
 WIDTH, HEIGHT = 1280, 800
-MEMORY = 256 << 20
 HUGETLB = sys.argv[1] == "on"
 MARK = "demo: starts here"
 # What a kernel says of its clock when the emulator is kept waiting by a busy machine.
@@ -42,6 +49,45 @@ def check(held, text):
 def read(path):
     with open(path) as file:
         return file.read()
+
+
+def recipe(first):
+    """The command or rule in README that begins so, its continuation lines with it."""
+    found = re.search(r"^    (" + re.escape(first) + r"(?:.*\\\n)*.*)", read(README), re.M)
+    return found.group(1).replace("\\\n", " ")
+
+
+def let_udev_set_permissions():
+    """By README's rule, whoever is in its group may open /dev/udmabuf, others may not."""
+    rule = recipe('KERNEL=="udmabuf"')
+    os.makedirs(os.path.dirname(RULE), exist_ok=True)
+    with open(RULE, "w") as file:
+        file.write(rule + "\n")
+    subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True)
+    subprocess.run(["udevadm", "trigger", "--settle", "/sys/class/misc/udmabuf"], check=True)
+    group = grp.getgrnam(re.search('GROUP="([a-z]+)"', rule).group(1))
+    is_now = os.stat("/dev/udmabuf")
+    check((is_now.st_gid, is_now.st_mode & 0o777) == (group.gr_gid, 0o660),
+          f"/dev/udmabuf is for the group {group.gr_name}, by README's rule for udev")
+    return group.gr_gid
+
+
+def qemu_options():
+    """README's command, for the memory that is asked for, and what else the demo needs."""
+    options = shlex.split(recipe("qemu-system-x86_64 "))
+    for i, option in enumerate(options):
+        if not HUGETLB:
+            options[i] = option.replace(",hugetlb=on", "")
+        if option.startswith("virtio-gpu-pci"):
+            options[i] += f",xres={WIDTH},yres={HEIGHT}"
+    return options + [
+        "-accel", "tcg", "-cpu", "max", "-no-reboot",
+        "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+        "-kernel", RUN + "/bzImage", "-initrd", RUN + "/initramfs",
+        "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",
+        "-serial", f"file:{RUN}/guest.log",
+        "-serial", f"unix:{RUN}/guest,server=on,wait=off",
+        "-qmp", f"unix:{RUN}/qmp,server=on,wait=off"]
 
 
 def counters():
@@ -105,7 +151,8 @@ class Peer:
 
 def screen(qmp, path):
     """The guest's screen in the framebuffer's format (blue, green, red, zero)."""
-    qmp.command("screendump", filename=path)
+    qmp.command("screendump", filename=RUN + "/screen")
+    shutil.copyfile(RUN + "/screen", path)
     with open(path, "rb") as file:
         magic, size, depth, rgb = file.read().split(b"\n", 3)
     if (magic, depth) != (b"P6", b"255"):
@@ -149,33 +196,28 @@ def check_way(qemu, before):
 
 def main():
     kind = "hugetlb memory" if HUGETLB else "shmem"
+    group = let_udev_set_permissions()
     if HUGETLB:
-        pages = MEMORY // (2 << 20)
-        with open("/proc/sys/vm/nr_hugepages", "w") as file:
-            file.write(str(pages + 8))
+        # As sysctl does it, which is in a package of its own.
+        setting, pages = recipe("sysctl ").split()[1].split("=")
+        with open("/proc/sys/" + setting.replace(".", "/"), "w") as file:
+            file.write(pages)
+    os.mkdir(RUN)
+    os.chown(RUN, USER, group)
+    for name in ("bzImage", "initramfs"):
+        shutil.copyfile(f"{OUT}/{name}", f"{RUN}/{name}")
     with open("/dev/kmsg", "w") as file:
         file.write("<4>" + MARK + "\n")
     before = counters()
 
     say(f"host: Linux {os.uname().release}; starting the guest on {kind}")
-    memory = f"memory-backend-memfd,id=mem,size={MEMORY}"
     with open(OUT + "/qemu.log", "w") as log:
-        qemu = subprocess.Popen(
-            ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-no-reboot",
-             "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
-             "-m", str(MEMORY >> 20), "-machine", "q35,memory-backend=mem",
-             "-object", memory + (",hugetlb=on" if HUGETLB else ""),
-             "-device", f"virtio-gpu-pci,blob=true,xres={WIDTH},yres={HEIGHT}",
-             "-kernel", OUT + "/bzImage", "-initrd", OUT + "/initramfs",
-             "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",
-             "-serial", f"file:{OUT}/guest.log",
-             "-serial", "unix:/run/guest,server=on,wait=off",
-             "-qmp", "unix:/run/qmp,server=on,wait=off"],
-            stdout=log, stderr=subprocess.STDOUT)
-    qmp = Peer("/run/qmp", qemu)
+        qemu = subprocess.Popen(qemu_options(), stdout=log, stderr=subprocess.STDOUT,
+                                user=USER, group=USER, extra_groups=[group])
+    qmp = Peer(RUN + "/qmp", qemu)
     qmp.line(60)
     qmp.command("qmp_capabilities")
-    guest = Peer("/run/guest", qemu)
+    guest = Peer(RUN + "/guest", qemu)
 
     for number in (1, 2, 3):
         word = guest.words()
@@ -198,6 +240,7 @@ def main():
         qemu.kill()
         qemu.wait()
         check(False, "the guest powered off, QEMU ended well")
+    shutil.copyfile(RUN + "/guest.log", OUT + "/guest.log")
     # The last references to a file may be dropped a moment after its process is gone.
     for _ in range(20):
         after = counters()

@@ -19,6 +19,8 @@
 
 #include "moving.h"
 
+#include <sys/mount.h>
+
 #define MEMORY "/sys/devices/system/memory/"
 #define MAX_BLOCKS 64
 #define POOL_OUTSIDE 96			/* huge pages, while a case on hugetlb runs */
@@ -398,6 +400,48 @@ TEST_F(movable, part)
 	check_buffer(_metadata, buffer, first, n, 1000);
 	EXPECT_EQ(0, wrong(t.mem, 0, first, 1000));
 	EXPECT_EQ(0, wrong(t.mem + (first + n) * PAGE, first + n, t.pages - first - n, 1000));
+}
+
+#define TRACING "/sys/kernel/tracing"
+#define TRACE TRACING "/instances/movable"
+
+/* What the last memfd_pin_folios() had to migrate, by its trace; -1: there is none. */
+static long traced_migrations(void)
+{
+	FILE *f = fopen(TRACE "/trace", "re");
+	char line[512], *at;
+	long n = -1;
+
+	while (f && fgets(line, sizeof(line), f)) {
+		at = strstr(line, "memfd_pin_folios: ") ? strstr(line, " migrated=") : NULL;
+		if (at)
+			n = strtol(at + strlen(" migrated="), NULL, 10);
+	}
+	if (f)
+		fclose(f);
+	return n;
+}
+
+/* The trace counts the folios that had to move, and on the second time, none. */
+TEST_F(movable, trace_counts_what_moved)
+{
+	size_t huge = t.kind->page / PAGE, first = t.pages / 4, n = t.pages / 4;
+	int buffer, second;
+
+	if (access(TRACING "/events", F_OK))
+		mount("none", TRACING, "tracefs", 0, NULL);
+	ASSERT_EQ(0, mkdir(TRACE, 0700));
+	write_file(TRACE "/events/memfd/memfd_pin_folios/enable", "1");
+	fill_in_zone(_metadata);
+	buffer = create(t.memfd, first * PAGE, n * PAGE);
+	EXPECT_LE(0, buffer);
+	EXPECT_LT(0, pfns_in(zone, t.pfns + first, n));
+	EXPECT_EQ(pfns_in(zone, t.pfns + first, n) / (long)huge, traced_migrations());
+	second = create(t.memfd, first * PAGE, n * PAGE);
+	EXPECT_EQ(0, traced_migrations());
+	close(second);
+	close(buffer);
+	rmdir(TRACE);
 }
 
 /* Ranges out of order, one of them within another, the last up to the end of the file. */

@@ -189,6 +189,7 @@ struct books {
 	long pins;
 	long free, rsvd, surp;
 	long free_1g, rsvd_1g;
+	long vm_pin;			/* of this process, in kB */
 	long fds;			/* as wide as all: no padding, which memcmp() would see */
 };
 
@@ -226,6 +227,7 @@ static inline struct books read_books(void)
 		.surp = pool_value(POOL_2M, "surplus_hugepages"),
 		.free_1g = pool_value(POOL_1G, "free_hugepages"),
 		.rsvd_1g = pool_value(POOL_1G, "resv_hugepages"),
+		.vm_pin = value_of("/proc/self/status", "VmPin"),
 		.fds = open_fds(),
 	};
 }
@@ -250,6 +252,7 @@ static inline struct books settled_books(const struct books *wanted)
 	EXPECT_EQ(before_.surp, after_.surp); \
 	EXPECT_EQ(before_.free_1g, after_.free_1g); \
 	EXPECT_EQ(before_.rsvd_1g, after_.rsvd_1g); \
+	EXPECT_EQ(before_.vm_pin, after_.vm_pin); \
 	EXPECT_EQ(before_.fds, after_.fds); \
 } while (0)
 
