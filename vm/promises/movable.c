@@ -405,7 +405,7 @@ TEST_F(movable, part)
 #define TRACING "/sys/kernel/tracing"
 #define TRACE TRACING "/instances/movable"
 
-/* What the last memfd_pin_folios() had to migrate, by its trace; -1: there is none. */
+/* What was migrated for all memfd_pin_folios() since the last look; -1: there is no trace of any. */
 static long traced_migrations(void)
 {
 	FILE *f = fopen(TRACE "/trace", "re");
@@ -415,10 +415,11 @@ static long traced_migrations(void)
 	while (f && fgets(line, sizeof(line), f)) {
 		at = strstr(line, "memfd_pin_folios: ") ? strstr(line, " migrated=") : NULL;
 		if (at)
-			n = strtol(at + strlen(" migrated="), NULL, 10);
+			n = (n < 0 ? 0 : n) + strtol(at + strlen(" migrated="), NULL, 10);
 	}
 	if (f)
 		fclose(f);
+	close(open(TRACE "/trace", O_WRONLY | O_TRUNC));
 	return n;
 }
 

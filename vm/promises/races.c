@@ -821,6 +821,18 @@ static void check_not_moved(struct __test_metadata *_metadata)
 	EXPECT_EQ(0, memcmp(before, after, t.pages * sizeof(*before)));
 }
 
+/* The buffer and the file have the same memory, and who asks for the seal knows. */
+static void check_held(struct __test_metadata *_metadata)
+{
+	/* -1 on a kernel that does not tell. */
+	EXPECT_GE(0, detached_pages());
+	/* A mapping that can be written to would keep the seal off, too. */
+	munmap(t.mem, t.size);
+	EXPECT_EQ(-1, fcntl(t.memfd, F_ADD_SEALS, F_SEAL_WRITE));
+	t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+	ASSERT_NE(NULL, t.mem);
+}
+
 static void race_with_mover(struct __test_metadata *_metadata, int rounds, void (*act)(void))
 {
 	calibrate(_metadata, t.size);
@@ -830,6 +842,8 @@ static void race_with_mover(struct __test_metadata *_metadata, int rounds, void 
 		EXPECT_ALLOWED(t.result, 0);
 		EXPECT_ALLOWED(t.buffer, 0);
 		if (t.buffer >= 0) {
+			/* Before the memory is touched, which brings back what was taken from the file. */
+			check_held(_metadata);
 			check_not_moved(_metadata);
 			check_one_memory(_metadata, t.buffer);
 		}
