@@ -44,7 +44,7 @@ test:
 
 test-all:
 	@tests/run shell series dist apply patches selftest promises gup stock examples demo \
-		stock-promises gup-all debug mutants odd deb
+		stock-promises gup-all docs debug mutants odd deb
 	@tests/table
 
 bench: tree

@@ -222,6 +222,13 @@ FIXTURE_VARIANT_ADD(movable, shmem_thp) { .kind = &shmem_thp };
 
 FIXTURE_VARIANT_ADD(movable, hugetlb) { .kind = &hugetlb };
 
+/* What is free in the zone is free as if nobody had used it: whole, and in that order. */
+static void refresh_zone(struct __test_metadata *_metadata)
+{
+	EXPECT_EQ(nr_blocks, offline_all());
+	EXPECT_EQ(nr_blocks, online_all());
+}
+
 /*
  * Huge pages can be migrated, so the kernel takes them from ZONE_MOVABLE while it is there. A hole
  * that is filled in for a pin needs one that is not: more than fit into what is left of the zone
@@ -274,6 +281,8 @@ static void start_case(struct __test_metadata *_metadata, const struct kind *kin
 	write_number(POOL_2M "nr_hugepages", 0);
 	if (kind->pool)
 		fill_pool(_metadata);
+	else
+		refresh_zone(_metadata);
 	t.before = read_books();
 	fill_what_cannot_leave(_metadata);
 	t.memfd = new_memfd(kind, t.size);
