@@ -82,7 +82,7 @@ def qemu_options():
             options[i] += f",xres={WIDTH},yres={HEIGHT}"
     return options + [
         "-accel", "tcg", "-cpu", "max", "-no-reboot",
-        "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+        "-nodefaults", "-no-user-config", "-display", "none",
         "-kernel", RUN + "/bzImage", "-initrd", RUN + "/initramfs",
         "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",
         "-serial", f"file:{RUN}/guest.log",
