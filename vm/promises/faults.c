@@ -402,6 +402,8 @@ static bool prepare_swapped(struct stage *s)
 			out &= pfn_of(mem + at) == PFN_NONE;
 		if (out)
 			return true;
+		/* A page may wait in the batch of another CPU, which this empties. */
+		write_file("/proc/sys/vm/compact_memory", "1");
 	}
 	return false;
 }
