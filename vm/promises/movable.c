@@ -193,6 +193,13 @@ static void __attribute__((constructor)) find_blocks(void)
 	printf("# %d of %d blocks of ZONE_MOVABLE can be offline\n", nr_blocks, all);
 }
 
+/* What is free in the zone then is free as if nobody had used it: whole, and in that order. */
+static void refresh_zone(struct __test_metadata *_metadata)
+{
+	EXPECT_EQ(nr_blocks, offline_all());
+	EXPECT_EQ(nr_blocks, online_all());
+}
+
 /*
  * All of the zone that can goes offline and comes back, at once. First the pool gives back what is
  * free: the base kernel would migrate huge pages within the block that is to go offline, from one
@@ -203,8 +210,7 @@ static void check_zone_can_leave(struct __test_metadata *_metadata)
 	if (t.kind->pool)
 		write_number(POOL_2M "nr_hugepages", pool_value(POOL_2M, "nr_hugepages") -
 			     pool_value(POOL_2M, "free_hugepages"));
-	EXPECT_EQ(nr_blocks, offline_all());
-	EXPECT_EQ(nr_blocks, online_all());
+	refresh_zone(_metadata);
 }
 
 /* Cases */
@@ -221,13 +227,6 @@ FIXTURE_VARIANT_ADD(movable, shmem) { .kind = &shmem };
 FIXTURE_VARIANT_ADD(movable, shmem_thp) { .kind = &shmem_thp };
 
 FIXTURE_VARIANT_ADD(movable, hugetlb) { .kind = &hugetlb };
-
-/* What is free in the zone is free as if nobody had used it: whole, and in that order. */
-static void refresh_zone(struct __test_metadata *_metadata)
-{
-	EXPECT_EQ(nr_blocks, offline_all());
-	EXPECT_EQ(nr_blocks, online_all());
-}
 
 /*
  * Huge pages can be migrated, so the kernel takes them from ZONE_MOVABLE while it is there. A hole
