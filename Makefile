@@ -44,8 +44,7 @@ test:
 
 test-all:
 	@tests/run shell series dist apply patches selftest promises gup stock examples demo \
-		stock-promises gup-all docs debug mutants odd deb
-	@tests/table
+		stock-promises gup-all docs debug mutants odd deb; rc=$$?; tests/table && exit $$rc
 
 bench: tree
 	@tools/deps bench
