@@ -74,33 +74,65 @@ run_program()
 	ktap_results $rc "$out/ktap"
 }
 
-# run_selftest KERNEL: the kselftest of udmabuf that the series carries.
+# run_selftest KERNEL: the kselftest of udmabuf that the series carries. With swiotlb=force, the DMA
+# API has something to do, as it has on few PCs.
 run_selftest()
 {
-	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3} \
+	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3 swiotlb=force} \
 		run_program "$1" "$top/out/selftest-$1" build/patched/selftests/drivers/dma-buf/udmabuf
 }
 
+# machines PROGRAM: the names of the machines on which a program of vm/promises runs; none, if it
+# has but one.
+machines()
+{
+	sed -nE 's/^ \* VM ([a-z]+): .*/\1/p' "$top/vm/promises/$1.c"
+}
+
+# program_of CASE: what run_promises has to run to get there.
+program_of()
+{
+	local program=${1%%.*} rest=${1#*.}
+	if [ "$program" != selftest ] && machines "$program" | grep -qx "${rest%%.*}"; then
+		program+=.${rest%%.*}
+	fi
+	echo "$program"
+}
+
 # run_promises KERNEL [PROGRAM...]: the programs of vm/promises, each on a machine of its own, as
-# its line "VM:" describes it. A case is called PROGRAM.CASE.
+# its line "VM:" describes it. A case is called PROGRAM.CASE. Where lines "VM MACHINE:" say what
+# else there is to several machines, it runs on each, and a case is PROGRAM.MACHINE.CASE; with
+# PROGRAM.MACHINE, on that one only.
 run_promises()
 {
-	local kernel=$1 names=("${@:2}") name machine
+	local kernel=$1 names=("${@:2}") name program runs run machine
 	[ ${#names[@]} -gt 0 ] || names=("$top"/vm/promises/*.c)
 	mkdir -p "$work/promises-$kernel" "$top/out/promises-$kernel"
 	for name in "${names[@]}"; do
 		name=$(basename "$name" .c)
+		program=${name%%.*}
 		gcc -O2 -Wall -Wextra -Wno-unused-parameter -pthread -isystem "$top/build/patched/usr/include" \
 			-isystem "$top/linux/tools/testing/selftests" -I"$top/linux" \
-			-o "$work/promises-$kernel/$name" "$top/vm/promises/$name.c" || {
-			echo "not ok $name compiles"
+			-o "$work/promises-$kernel/$program" "$top/vm/promises/$program.c" || {
+			echo "not ok $program compiles"
 			continue
 		}
-		machine=$(sed -n 's/^ \* VM: //p' "$top/vm/promises/$name.c")
-		(
-			[ -z "$machine" ] || eval "export $machine"
-			run_program "$kernel" "$top/out/promises-$kernel/$name" "build/tests/promises-$kernel/$name"
-		) | sed -E "s/^((not )?ok )/\1$name./" | tee "$top/out/promises-$kernel/$name.results"
+		mapfile -t runs < <(machines "$program" | sed "s/^/$program./")
+		if [ "$name" != "$program" ] || [ ${#runs[@]} -eq 0 ]; then
+			runs=("$name")
+		fi
+		for run in "${runs[@]}"; do
+			machine=${run#"$program"}
+			(
+				while read -r line; do
+					eval "export $line"
+				done < <(sed -nE "s/^ \* VM( ${machine#.})?: //p" "$top/vm/promises/$program.c")
+				[ ! -e "$top/build/$kernel/edu/edu.ko" ] ||
+					cp "$top/build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
+				run_program "$kernel" "$top/out/promises-$kernel/$run" \
+					"build/tests/promises-$kernel/$program"
+			) | sed -E "s/^((not )?ok )/\1$run./" | tee "$top/out/promises-$kernel/$run.results"
+		done
 	done
 }
 

@@ -70,6 +70,14 @@ kmake()
 		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" "$@"
 }
 
+# build_edu SRC OBJ: the module of vm/edu for the kernel built in OBJ, as OBJ/edu/edu.ko.
+build_edu()
+{
+	mkdir -p "$2/edu"
+	cp -u "$top"/vm/edu/* "$2/edu/"
+	kmake "$1" "$2" M="$2/edu" modules
+}
+
 # Git without the user's settings, where the output must be the same everywhere.
 plain_git()
 {
@@ -112,15 +120,29 @@ touched_files()
 	list_patches | xargs -r sed -nE 's@^diff --git a/.* b/(.*)@/\1@p' | sort -u
 }
 
-# The objects of the C files that stdin names, as make knows them: what is in virt/ becomes
-# part of an architecture.
-objects_of()
+# arch_of ARGUMENT...: the directory in arch/ that those arguments of make build for.
+arch_of()
 {
-	sed -nE 's@^virt/@arch/x86/kvm/../../../virt/@; s@\.c$@.o@p'
+	local argument arch=x86
+	for argument; do
+		case $argument in
+		ARCH=i386 | ARCH=x86_64) arch=x86 ;;
+		ARCH=*) arch=${argument#*=} ;;
+		esac
+	done
+	echo "$arch"
 }
 
-# The objects of the kernel that the series touches.
+# objects_of [ARCH]: the objects of the C files that stdin names, as make knows them on ARCH, or
+# x86. What is in virt/ becomes part of an architecture; what is in arch/ belongs to one.
+objects_of()
+{
+	local arch=${1:-x86}
+	sed -nE "/^arch\//{/^arch\/$arch\//!d}; s@^virt/@arch/$arch/kvm/../../../virt/@; s@\.c\$@.o@p"
+}
+
+# touched_objects [ARCH]: the objects of the kernel that the series touches.
 touched_objects()
 {
-	touched_files | sed -E 's@^/@@; /^(tools|samples)\//d' | objects_of
+	touched_files | sed -E 's@^/@@; /^(tools|samples)\//d' | objects_of "$@"
 }

@@ -14,6 +14,7 @@
  */
 
 #include "moving.h"
+#include "trace.h"
 
 #define AREA "/sys/kernel/debug/cma/hugetlb0/"
 #define STEP 61				/* every so many pages have a stamp */
@@ -159,7 +160,11 @@ TEST_F(cma_hugetlb, stays_where_there_is_no_other_page)
 {
 	stamp_some(t.mem, 1000);
 	ASSERT_TRUE(in_area());
+	ASSERT_TRUE(start_trace(ATTEMPT_EVENT, getpid()));
 	EXPECT_EQ(-ENOMEM, create(t.memfd, 0, GIB));
+	/* To try again would not bring one. */
+	EXPECT_EQ(1, traced(ATTEMPT, NULL));
+	end_trace();
 	EXPECT_EQ(t.before.pins, pins());
 	EXPECT_EQ(0, wrong_of_some(t.mem, 1000));
 	EXPECT_TRUE(in_area());

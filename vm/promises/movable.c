@@ -18,8 +18,7 @@
  */
 
 #include "moving.h"
-
-#include <sys/mount.h>
+#include "trace.h"
 
 #define MEMORY "/sys/devices/system/memory/"
 #define MAX_BLOCKS 64
@@ -410,47 +409,101 @@ TEST_F(movable, part)
 	EXPECT_EQ(0, wrong(t.mem + (first + n) * PAGE, first + n, t.pages - first - n, 1000));
 }
 
-#define TRACING "/sys/kernel/tracing"
-#define TRACE TRACING "/instances/movable"
-
-/* What was migrated for all memfd_pin_folios() since the last look; -1: there is no trace of any. */
-static long traced_migrations(void)
-{
-	FILE *f = fopen(TRACE "/trace", "re");
-	char line[512], *at;
-	long n = -1;
-
-	while (f && fgets(line, sizeof(line), f)) {
-		at = strstr(line, "memfd_pin_folios: ") ? strstr(line, " migrated=") : NULL;
-		if (at)
-			n = (n < 0 ? 0 : n) + strtol(at + strlen(" migrated="), NULL, 10);
-	}
-	if (f)
-		fclose(f);
-	close(open(TRACE "/trace", O_WRONLY | O_TRUNC));
-	return n;
-}
-
-/* The trace counts the folios that had to move, and on the second time, none. */
+/* The trace counts the pages that had to move, and on the second time, none. */
 TEST_F(movable, trace_counts_what_moved)
 {
-	size_t huge = t.kind->page / PAGE, first = t.pages / 4, n = t.pages / 4;
+	size_t first = t.pages / 4, n = t.pages / 4;
 	int buffer, second;
+	long migrated;
 
-	if (access(TRACING "/events", F_OK))
-		mount("none", TRACING, "tracefs", 0, NULL);
-	ASSERT_EQ(0, mkdir(TRACE, 0700));
-	write_file(TRACE "/events/memfd/memfd_pin_folios/enable", "1");
+	ASSERT_TRUE(start_trace("memfd/memfd_pin_folios", 0));
 	fill_in_zone(_metadata);
 	buffer = create(t.memfd, first * PAGE, n * PAGE);
 	EXPECT_LE(0, buffer);
 	EXPECT_LT(0, pfns_in(zone, t.pfns + first, n));
-	EXPECT_EQ(pfns_in(zone, t.pfns + first, n) / (long)huge, traced_migrations());
+	EXPECT_LT(0, traced(" migrated=", &migrated));
+	EXPECT_EQ(pfns_in(zone, t.pfns + first, n), migrated);
 	second = create(t.memfd, first * PAGE, n * PAGE);
-	EXPECT_EQ(0, traced_migrations());
+	EXPECT_LT(0, traced(" migrated=", &migrated));
+	EXPECT_EQ(0, migrated);
 	close(second);
 	close(buffer);
-	rmdir(TRACE);
+	end_trace();
+}
+
+/* This task is refused every page, or group of 2^order pages and more, that it asks for. */
+
+#define FAIL_PAGE_ALLOC "/sys/kernel/debug/fail_page_alloc/"
+
+static bool refuse_pages(int order)
+{
+	return write_number(FAIL_PAGE_ALLOC "min-order", order) &&
+	       write_file(FAIL_PAGE_ALLOC "task-filter", "Y") &&
+	       write_file(FAIL_PAGE_ALLOC "ignore-gfp-wait", "N") &&
+	       write_file(FAIL_PAGE_ALLOC "ignore-gfp-highmem", "N") &&
+	       write_file(FAIL_PAGE_ALLOC "verbose", "0") &&
+	       write_file(FAIL_PAGE_ALLOC "times", "1000000") &&
+	       write_file(FAIL_PAGE_ALLOC "probability", "100") &&
+	       write_file("/proc/self/make-it-fail", "1");
+}
+
+static void refuse_no_pages(void)
+{
+	write_file("/proc/self/make-it-fail", "0");
+	write_file(FAIL_PAGE_ALLOC "probability", "0");
+	write_file(FAIL_PAGE_ALLOC "times", "1");
+	write_file(FAIL_PAGE_ALLOC "verbose", "2");
+	write_file(FAIL_PAGE_ALLOC "ignore-gfp-highmem", "Y");
+	write_file(FAIL_PAGE_ALLOC "ignore-gfp-wait", "Y");
+	write_file(FAIL_PAGE_ALLOC "task-filter", "N");
+	write_number(FAIL_PAGE_ALLOC "min-order", 1);
+}
+
+/* The slab allocator then has what the driver will ask it for, on this CPU. */
+static void warm_up(size_t size)
+{
+	int memfd = memfd_create("other", MFD_ALLOW_SEALING | MFD_CLOEXEC), buffer;
+	cpu_set_t here;
+
+	CPU_ZERO(&here);
+	CPU_SET(sched_getcpu(), &here);
+	sched_setaffinity(0, sizeof(here), &here);
+	if (!ftruncate(memfd, size) && !fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK)) {
+		buffer = create(memfd, 0, size);
+		close(buffer);
+	}
+	close(memfd);
+}
+
+/* Memory to move to cannot be had: nobody else brings it back, so one attempt is enough. */
+TEST_F(movable, without_memory_is_tried_once)
+{
+	size_t size = t.kind->page == PAGE ? 8 * PAGE : t.kind->page;
+	int buffer;
+
+	if (access(FAIL_PAGE_ALLOC, F_OK))
+		SKIP(return, "no fail_page_alloc in this kernel");
+	fill_in_zone(_metadata);
+	ASSERT_LT(0, pfns_in(zone, t.pfns, size / PAGE));
+	/* What is free in the pool would be taken. */
+	if (t.kind->pool)
+		write_number(POOL_2M "nr_hugepages", t.size / HUGE);
+	warm_up(size);
+	ASSERT_TRUE(start_trace(ATTEMPT_EVENT, getpid()));
+	EXPECT_TRUE(refuse_pages(t.kind->pool ? 9 : 0));
+	buffer = create(t.memfd, 0, size);
+	refuse_no_pages();
+	EXPECT_EQ(-ENOMEM, buffer);
+	EXPECT_EQ(1, traced(ATTEMPT, NULL));
+	end_trace();
+	EXPECT_EQ(t.before.pins, pins());
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, 1000));
+	/* It is as movable as it was. */
+	buffer = create(t.memfd, 0, size);
+	ASSERT_LE(0, buffer);
+	check_left_zone(_metadata, t.mem, size / PAGE);
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, 1000));
+	close(buffer);
 }
 
 /* Ranges out of order, one of them within another, the last up to the end of the file. */

@@ -17,10 +17,16 @@
  * Memory that a program touches is in ZONE_MOVABLE here, on the second of two nodes, so that the
  * creates migrate, too. Where the rival works in rounds of its own, a case tells how often.
  *
- * VM: MEM=4096 SMP=2 NODES=2 APPEND="movablecore=1G"
+ * With swiotlb=force, the DMA API has something to do when access by the CPU begins and ends.
+ *
+ * VM: MEM=4096 SMP=2 NODES=2 APPEND="movablecore=1G swiotlb=force"
  */
 
 #include "promise.h"
+#include "drm.h"
+#include "trace.h"
+
+#include <time.h>
 
 #define SEED 20230611
 
@@ -708,18 +714,47 @@ TEST_F(race, two_creates_on_holes)
 	end_rival();
 }
 
+/* When each of the two began and ended */
+static struct timespec times[2][2];
+
+static void create_first_timed(void)
+{
+	clock_gettime(CLOCK_MONOTONIC, &times[0][0]);
+	create_whole();
+	clock_gettime(CLOCK_MONOTONIC, &times[0][1]);
+}
+
+static void create_second_timed(void)
+{
+	clock_gettime(CLOCK_MONOTONIC, &times[1][0]);
+	create_second();
+	clock_gettime(CLOCK_MONOTONIC, &times[1][1]);
+}
+
+static bool is_earlier(const struct timespec *a, const struct timespec *b)
+{
+	return a->tv_sec < b->tv_sec || (a->tv_sec == b->tv_sec && a->tv_nsec < b->tv_nsec);
+}
+
+static bool were_at_once(void)
+{
+	return is_earlier(&times[0][0], &times[1][1]) && is_earlier(&times[1][0], &times[0][1]);
+}
+
 /* On memory that both have to migrate: the one must not fail because of the other's pins. */
 TEST_F(race, two_creates_on_movable_memory)
 {
 	long moved = 0;
+	int at_once = 0;
 
 	calibrate(_metadata, t.size);
 	for (int i = 0; i < 16 && _metadata->passed; i++) {
 		open_round(_metadata, t.size);
 		moved += movable_pages();
-		race(create_second);
+		race_of(create_first_timed, create_second_timed);
 		EXPECT_ALLOWED(t.buffer, 0);
 		EXPECT_ALLOWED(t.result, 0);
+		at_once += were_at_once();
 		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
 		EXPECT_EQ(0, movable_pages());
 		if (t.buffer >= 0 && t.result >= 0) {
@@ -731,6 +766,8 @@ TEST_F(race, two_creates_on_movable_memory)
 		close_round();
 	}
 	end_rival();
+	EXPECT_LT(0, at_once);
+	TH_LOG("16 rounds: %d in which both were at it at once", at_once);
 	EXPECT_EQ(16 * (long)t.pages, moved) TH_LOG("the memory was not all movable");
 }
 
@@ -1306,12 +1343,10 @@ static void *sync_thread(void *arg)
 		/* The barrier wakes one after the other: meet again, awake. */
 		atomic_fetch_add(&sync_race.go, 1);
 		wait_until(&sync_race.go, (round + 1) * SYNC_THREADS);
-		for (int i = 0; i < 3; i++) {
-			ret = sync_buffer(t.buffer, DMA_BUF_SYNC_START | DMA_BUF_SYNC_RW);
-			atomic_fetch_add(&sync_race.errors, ret != 0);
-			ret = sync_buffer(t.buffer, DMA_BUF_SYNC_END | DMA_BUF_SYNC_RW);
-			atomic_fetch_add(&sync_race.errors, ret != 0);
-		}
+		ret = sync_buffer(t.buffer, DMA_BUF_SYNC_START | DMA_BUF_SYNC_RW);
+		atomic_fetch_add(&sync_race.errors, ret != 0);
+		ret = sync_buffer(t.buffer, DMA_BUF_SYNC_END | DMA_BUF_SYNC_RW);
+		atomic_fetch_add(&sync_race.errors, ret != 0);
 		pthread_barrier_wait(&sync_race.end);
 	}
 	return arg;
@@ -1380,6 +1415,71 @@ TEST_F(race, sync_by_many)
 }
 
 /*
+ * CPU access that many begin and end while the buffer is attached to devices and detached. They
+ * look at the attachments that others make and end at that moment. What they sync is the memory as
+ * the device has it: nobody else writes, so it stays what it was.
+ */
+
+#define ATTACH_ROUNDS 40
+
+static struct {
+	pthread_barrier_t begin;
+	atomic_bool end;
+	atomic_long rounds, errors;
+} attach_race;
+
+static void *sync_on_thread(void *arg)
+{
+	static const __u64 ways[] = { DMA_BUF_SYNC_READ, DMA_BUF_SYNC_WRITE, DMA_BUF_SYNC_RW };
+	long errors = 0;
+
+	pthread_barrier_wait(&attach_race.begin);
+	for (int i = 0; !atomic_load(&attach_race.end); i++) {
+		__u64 way = ways[i % ARRAY_SIZE(ways)];
+
+		errors += sync_buffer(t.buffer, DMA_BUF_SYNC_START | way) != 0;
+		errors += sync_buffer(t.buffer, DMA_BUF_SYNC_END | way) != 0;
+		atomic_fetch_add(&attach_race.rounds, 1);
+	}
+	atomic_fetch_add(&attach_race.errors, errors);
+	return arg;
+}
+
+TEST_F(race, sync_and_attach)
+{
+	pthread_t threads[SYNC_THREADS];
+	int vgem[2];
+
+	t.size = t.kind->page == PAGE ? 64 * PAGE : 2 * HUGE;
+	t.pages = t.size / PAGE;
+	open_round(_metadata, t.size);
+	create_whole();
+	ASSERT_LE(0, t.buffer);
+	/* The first to begin may have to make what all share. */
+	EXPECT_EQ(0, sync_buffer(t.buffer, DMA_BUF_SYNC_START | DMA_BUF_SYNC_RW));
+	EXPECT_EQ(0, sync_buffer(t.buffer, DMA_BUF_SYNC_END | DMA_BUF_SYNC_RW));
+	pthread_barrier_init(&attach_race.begin, NULL, SYNC_THREADS + 1);
+	for (int i = 0; i < SYNC_THREADS; i++)
+		ASSERT_EQ(0, pthread_create(threads + i, NULL, sync_on_thread, NULL));
+	pthread_barrier_wait(&attach_race.begin);
+	for (int i = 0; i < ATTACH_ROUNDS || atomic_load(&attach_race.rounds) < ATTACH_ROUNDS; i++) {
+		for (int d = 0; d < 2; d++) {
+			vgem[d] = drm_open("vgem", NULL);
+			EXPECT_LT(0, drm_import(vgem[d], t.buffer));
+		}
+		for (int d = 0; d < 2; d++)
+			close(vgem[(i + d) % 2]);
+	}
+	atomic_store(&attach_race.end, true);
+	for (int i = 0; i < SYNC_THREADS; i++)
+		pthread_join(threads[i], NULL);
+	EXPECT_EQ(0, atomic_load(&attach_race.errors));
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
+	TH_LOG("%ld times began and ended", atomic_load(&attach_race.rounds));
+	close_round();
+}
+
+/*
  * A task that is killed while it fills a large hole stops: the file is not filled to its end. It
  * is killed when the first part of the file is there.
  */
@@ -1443,6 +1543,125 @@ TEST_F(race, create_and_kill)
 	write_number(POOL_2M "nr_hugepages", pool);
 	t.before = read_books();
 	TH_LOG("the last one stopped at %zu of %lu MiB", left / MIB, KILL_SIZE / MIB);
+}
+
+/*
+ * A task that is killed in the middle of a list stops there, however little each item is. It is
+ * killed when KILL_AFTER items are there: it shares a CPU with the killer, who goes first, and whom
+ * the trace of each item wakes. So nothing depends on how fast this is.
+ */
+
+#define KILL_ITEMS 400
+#define KILL_AFTER 4
+#define KILL_LAST_ITEM 20
+#define POOL_NODE0 "/sys/devices/system/node/node0/hugepages/hugepages-2048kB/"
+
+static void use_cpu_0(void)
+{
+	cpu_set_t cpu;
+
+	CPU_ZERO(&cpu);
+	CPU_SET(0, &cpu);
+	sched_setaffinity(0, sizeof(cpu), &cpu);
+}
+
+static void go_first(bool first)
+{
+	struct sched_param param = { .sched_priority = first ? 10 : 0 };
+
+	sched_setscheduler(0, first ? SCHED_FIFO : SCHED_OTHER, &param);
+}
+
+/* Each item is a page, or where pages are huge, all of one, in a hole of its own. */
+static struct udmabuf_create_list *list_of_holes(void)
+{
+	struct udmabuf_create_list *list;
+
+	list = calloc(1, sizeof(*list) + KILL_ITEMS * sizeof(*list->list));
+	for (size_t i = 0; list && i < KILL_ITEMS; i++) {
+		list->list[i].memfd = t.memfd;
+		list->list[i].offset = i * HUGE;
+		list->list[i].size = t.kind->page;
+	}
+	if (list)
+		list->count = KILL_ITEMS;
+	return list;
+}
+
+/* Waits until @n items were pinned, or the child has ended. Tells how many were. */
+static int wait_for_items(pid_t pid, int n, int *status)
+{
+	int pipe = open(TRACE "trace_pipe", O_RDONLY | O_NONBLOCK | O_CLOEXEC), items = 0;
+	struct pollfd event = { .fd = pipe, .events = POLLIN };
+	static char text[64 * KIB];
+	ssize_t len;
+
+	while (items < n) {
+		poll(&event, 1, 100);
+		len = read(pipe, text, sizeof(text) - 1);
+		text[len > 0 ? len : 0] = 0;
+		for (char *at = text; (at = strstr(at, " pinned=1 ")); at++)
+			items++;
+		if (len <= 0 && waitpid(pid, status, WNOHANG))
+			break;
+	}
+	close(pipe);
+	return items;
+}
+
+TEST_F(race, list_and_kill)
+{
+	long pool = pool_value(POOL_2M, "nr_hugepages"), left, unit = t.kind->page;
+	struct udmabuf_create_list *list;
+	struct stat before;
+	int go[2], status = 0;
+	pid_t pid;
+	char c;
+
+	prefer_movable(false);
+	if (t.kind->pool) {
+		write_number(POOL_NODE0 "nr_hugepages", KILL_ITEMS + 8);
+		t.before = read_books();
+		ASSERT_LE(KILL_ITEMS, pool_value(POOL_NODE0, "free_hugepages"));
+	}
+	write_number(PARAMETERS "list_limit", KILL_ITEMS);
+	t.memfd = new_memfd(t.kind, KILL_ITEMS * HUGE);
+	list = list_of_holes();
+	ASSERT_NE(NULL, list);
+	ASSERT_EQ(0, fstat(t.memfd, &before));
+	ASSERT_EQ(0, pipe2(go, O_CLOEXEC));
+	use_cpu_0();
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(read(go[0], &c, 1) == 1 && ioctl(t.dev, UDMABUF_CREATE_LIST, list) < 0);
+	ASSERT_TRUE(start_trace("memfd/memfd_pin_folios", pid));
+	go_first(true);
+	ASSERT_EQ(1, write(go[1], "", 1));
+	EXPECT_LE(KILL_AFTER, wait_for_items(pid, KILL_AFTER, &status));
+	left = (long)filled(&before) / unit;
+	kill(pid, SIGKILL);
+	go_first(false);
+	waitpid(pid, &status, 0);
+	EXPECT_TRUE(WIFSIGNALED(status)) TH_LOG("the create ended first, with status %#x", status);
+	/* It was in the middle then. */
+	EXPECT_LE(KILL_AFTER, left);
+	EXPECT_GE(KILL_LAST_ITEM, left);
+	left = (long)filled(&before) / unit;
+	EXPECT_GE(KILL_LAST_ITEM, left)
+		TH_LOG("killed after item %d, went on to %ld of %d", KILL_AFTER, left, KILL_ITEMS);
+	EXPECT_EQ(t.before.pins, pins());
+	end_trace();
+	free(list);
+	close(t.memfd);
+	close(go[0]);
+	close(go[1]);
+	write_number(PARAMETERS "list_limit", 1024);
+	EXPECT_SAME_BOOKS(t.before);
+	write_number(POOL_2M "nr_hugepages", 0);
+	write_number(POOL_2M "nr_hugepages", pool);
+	t.before = read_books();
+	TH_LOG("stopped after %ld of %d items", left, KILL_ITEMS);
 }
 
 TEST_HARNESS_MAIN

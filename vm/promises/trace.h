@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* For the programs that count, or wait for, what the kernel traces: in an instance of their own. */
+#ifndef TRACE_H
+#define TRACE_H
+
+#include <sys/mount.h>
+
+#include "promise.h"
+
+#define TRACING "/sys/kernel/tracing/"
+#define TRACE TRACING "instances/promise/"
+
+/* Is @event, "SYSTEM/NAME", traced from now on? Of one process, or with @pid 0 of all. */
+static inline bool start_trace(const char *event, pid_t pid)
+{
+	char path[128];
+
+	if (access(TRACING "events", F_OK))
+		mount("none", TRACING, "tracefs", 0, NULL);
+	/* There, if another case has failed. */
+	rmdir(TRACE);
+	if (mkdir(TRACE, 0700) || (pid && !write_number(TRACE "set_event_pid", pid)))
+		return false;
+	snprintf(path, sizeof(path), TRACE "events/%s/enable", event);
+	return write_file(path, "1");
+}
+
+static inline void end_trace(void)
+{
+	rmdir(TRACE);
+}
+
+/*
+ * How many lines of the trace have @text; in @sum, unless it is NULL, the sum of the numbers that
+ * follow it. What was traced is forgotten then.
+ */
+static inline long traced(const char *text, long *sum)
+{
+	FILE *f = fopen(TRACE "trace", "re");
+	char line[512], *at;
+	long n = 0;
+
+	if (sum)
+		*sum = 0;
+	while (f && fgets(line, sizeof(line), f)) {
+		at = strstr(line, text);
+		n += !!at;
+		if (at && sum)
+			*sum += strtol(at + strlen(text), NULL, 10);
+	}
+	if (f)
+		fclose(f);
+	close(open(TRACE "trace", O_WRONLY | O_TRUNC));
+	return n;
+}
+
+/* What tells of an attempt to migrate memory that is to be pinned. */
+#define ATTEMPT_EVENT "migrate/mm_migrate_pages"
+#define ATTEMPT "reason=longterm_pin"
+
+#endif
