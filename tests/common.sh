@@ -75,7 +75,8 @@ run_program()
 }
 
 # run_selftest KERNEL: the kselftest of udmabuf that the series carries. With swiotlb=force, the DMA
-# API has something to do, as it has on few PCs.
+# API copies what is mapped for a device, as it does on few PCs: a kernel that maps a buffer because
+# the CPU accesses it, as stock does, is found out.
 run_selftest()
 {
 	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3 swiotlb=force} \

@@ -431,6 +431,70 @@ TEST_F(movable, trace_counts_what_moved)
 	end_trace();
 }
 
+/*
+ * Each CPU keeps some pages to itself before they get to a list of the LRU, from which memory is
+ * taken to be migrated. Memory that is on a list already needs no other CPU to give up its pages: to
+ * wait for them all takes long on a large machine, and disturbs whoever has a CPU to himself.
+ */
+
+#define DRAIN_EVENT "workqueue/workqueue_queue_work"
+#define DRAIN "function=lru_add_drain_per_cpu"
+
+static void use_cpu(int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	sched_setaffinity(0, sizeof(cpus), &cpus);
+}
+
+/* Whoever moves pages drains all CPUs first, even if there is none to be moved. */
+static void drain_all_cpus(struct __test_metadata *_metadata)
+{
+	int nodes[1], status[1];
+	void *at[1];
+
+	ASSERT_EQ(0, syscall(SYS_move_pages, 0, 0, at, nodes, status, 0));
+}
+
+static void *touch_on_cpu_1(void *arg)
+{
+	use_cpu(1);
+	*(volatile char *)arg = 1;
+	return NULL;
+}
+
+TEST_F(movable, drains_no_other_cpu)
+{
+	char *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	pthread_t other;
+	int buffer;
+
+	if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
+		SKIP(return, "needs two CPUs");
+	ASSERT_NE(MAP_FAILED, page);
+	use_cpu(0);
+	fill_in_zone(_metadata);
+	ASSERT_TRUE(start_trace(DRAIN_EVENT, getpid()));
+	drain_all_cpus(_metadata);
+	/* The other CPU has a page that it would have to give up. */
+	ASSERT_EQ(0, pthread_create(&other, NULL, touch_on_cpu_1, page));
+	pthread_join(other, NULL);
+	traced(DRAIN, NULL);
+	buffer = create(t.memfd, 0, t.size);
+	EXPECT_EQ(0, traced(DRAIN, NULL));
+	/* It still has. */
+	drain_all_cpus(_metadata);
+	EXPECT_LT(0, traced(DRAIN, NULL));
+	end_trace();
+	ASSERT_LE(0, buffer);
+	check_left_zone(_metadata, t.mem, t.pages);
+	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, 1000));
+	close(buffer);
+	munmap(page, PAGE);
+}
+
 /* This task is refused every page, or group of 2^order pages and more, that it asks for. */
 
 #define FAIL_PAGE_ALLOC "/sys/kernel/debug/fail_page_alloc/"
