@@ -56,6 +56,18 @@ struct edu {
  * to date, and nothing else. swiotlb is not that strict: it copies when it maps, even with
  * DMA_ATTR_SKIP_CPU_SYNC, where a machine with caches leaves a device what was in memory before.
  */
+
+static void *edu_copy_of(struct scatterlist *sg)
+{
+	return phys_to_virt(sg_dma_address(sg));
+}
+
+/* The copy knows whose it is: with DMABUF_DEBUG, an importer's scatter table has no pages. */
+static void *edu_memory_of(struct scatterlist *sg)
+{
+	return (void *)page_private(virt_to_page(edu_copy_of(sg)));
+}
+
 static void edu_sync_for_device(struct device *dev, struct scatterlist *sgl, int nents,
 				enum dma_data_direction direction)
 {
@@ -64,7 +76,7 @@ static void edu_sync_for_device(struct device *dev, struct scatterlist *sgl, int
 
 	if (direction != DMA_FROM_DEVICE)
 		for_each_sg(sgl, sg, nents, i)
-			memcpy(phys_to_virt(sg_dma_address(sg)), sg_virt(sg), sg->length);
+			memcpy(edu_copy_of(sg), edu_memory_of(sg), sg->length);
 }
 
 static void edu_sync_for_cpu(struct device *dev, struct scatterlist *sgl, int nents,
@@ -75,7 +87,7 @@ static void edu_sync_for_cpu(struct device *dev, struct scatterlist *sgl, int ne
 
 	if (direction != DMA_TO_DEVICE)
 		for_each_sg(sgl, sg, nents, i)
-			memcpy(sg_virt(sg), phys_to_virt(sg_dma_address(sg)), sg->length);
+			memcpy(edu_memory_of(sg), edu_copy_of(sg), sg->length);
 }
 
 static void edu_free_copies(struct scatterlist *sgl, int nents)
@@ -84,7 +96,7 @@ static void edu_free_copies(struct scatterlist *sgl, int nents)
 	int i;
 
 	for_each_sg(sgl, sg, nents, i)
-		free_pages_exact(phys_to_virt(sg_dma_address(sg)), sg->length);
+		free_pages_exact(edu_copy_of(sg), sg->length);
 }
 
 static int edu_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
@@ -106,6 +118,7 @@ static int edu_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 			memcpy(copy, sg_virt(sg), sg->length);
 		else
 			memset(copy, 0xa5, sg->length);
+		set_page_private(virt_to_page(copy), (unsigned long)sg_virt(sg));
 		sg_dma_address(sg) = virt_to_phys(copy);
 		sg_dma_len(sg) = sg->length;
 	}

@@ -12,6 +12,7 @@
  * all of that node counts as what movablecore= leaves to the kernel, the second node gets nothing
  * else than ZONE_MOVABLE. The policy is that of the file, by mbind(), or that of the task. That it
  * is in force is seen where the memory is that a mapping touches.
+ * Of a file on hugetlbfs, the policy is that of its mapping: it holds for page faults only.
  *
  * VM: MEM=4096 SMP=2 NODES=2 APPEND="movablecore=2200M"
  */

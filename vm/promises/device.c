@@ -4,8 +4,9 @@
  * memory of the buffer, all of it and in its order, within the device's limits. What the CPU wrote
  * before the device mapped the buffer, or between the start and the end of a SYNC, the device
  * reads. What the device wrote the CPU reads after it was unmapped, and between the start and the
- * end of a SYNC. And SYNC does only that: it makes nothing for which no device asked, and it
- * never puts back what somebody else has written in the meantime.
+ * end of a SYNC, which waits for a device that is not done. What one device wrote the others read
+ * after it has unmapped. And SYNC does only that: it makes nothing for which no device asked, and
+ * it never puts back what somebody else has written in the meantime.
  *
  * How a user would notice: a GPU that reads a buffer shows a frame before the last, or old kernel
  * memory; what a camera recorded is not in the file; what one program drew, another one's SYNC
@@ -27,7 +28,10 @@
  */
 
 #include "promise.h"
+#include "drm.h"
 #include "../edu/edu.h"
+
+#include <drm/vgem_drm.h>
 
 /* By the guest's clock, which jumps. */
 #undef TEST_TIMEOUT_DEFAULT
@@ -91,6 +95,9 @@ static struct {
 	int buffer;
 	char *map;
 	int edu[2];
+	struct edu_transfer written;	/* what a device has written last */
+	struct edu_segment segments[4096];	/* where a device has found the buffer last */
+	size_t nr_segments;
 } t;
 
 /* The devices */
@@ -104,6 +111,12 @@ static bool machine_has(const char *parameter)
 		line[0] = 0;
 	close(fd);
 	return strstr(line, parameter);
+}
+
+static bool machine_is_direct(void)
+{
+	return !machine_has("intel_iommu=on") && !machine_has("swiotlb=force") &&
+	       !machine_has("edu.noncoherent=1");
 }
 
 static int load_module(void)
@@ -139,9 +152,15 @@ static int detach(unsigned int edu)
 
 static int map(unsigned int edu, unsigned int direction)
 {
-	struct edu_map arg = { .direction = direction };
+	struct edu_map arg = {
+		.direction = direction, .segments = (uintptr_t)t.segments,
+		.count = ARRAY_SIZE(t.segments),
+	};
 
-	return ioctl(t.edu[edu], EDU_MAP, &arg) ? -errno : 0;
+	if (ioctl(t.edu[edu], EDU_MAP, &arg))
+		return -errno;
+	t.nr_segments = arg.count;
+	return t.nr_segments > ARRAY_SIZE(t.segments) ? -E2BIG : 0;
 }
 
 static int unmap(unsigned int edu)
@@ -221,6 +240,16 @@ static struct edu_transfer pieces(void)
 	};
 }
 
+/* Where it does not matter how much: a few pages, far apart. */
+static struct edu_transfer few_pieces(void)
+{
+	struct edu_transfer what = pieces();
+
+	what.pieces = 16;
+	what.step = t.nr / what.pieces * PAGE;
+	return what;
+}
+
 static int device_does(unsigned int edu, bool write, struct edu_transfer what, void *data)
 {
 	what.data = (uintptr_t)data;
@@ -228,9 +257,8 @@ static int device_does(unsigned int edu, bool write, struct edu_transfer what, v
 }
 
 /* An errno, or 0. */
-static int device_writes(unsigned int edu, unsigned int who)
+static int device_writes_to(unsigned int edu, unsigned int who, struct edu_transfer what)
 {
-	struct edu_transfer what = pieces();
 	char *data = malloc(what.pieces * what.count);
 	int ret;
 
@@ -242,7 +270,13 @@ static int device_writes(unsigned int edu, unsigned int who)
 	}
 	ret = device_does(edu, true, what, data);
 	free(data);
+	t.written = what;
 	return ret;
+}
+
+static int device_writes(unsigned int edu, unsigned int who)
+{
+	return device_writes_to(edu, who, pieces());
 }
 
 static long differ_for_device(unsigned int edu, struct edu_transfer what)
@@ -264,6 +298,12 @@ static long device_sees_wrong(unsigned int edu)
 	return differ_for_device(edu, pieces());
 }
 
+/* The same, of what a device has written last. */
+static long device_sees_wrong_there(unsigned int edu)
+{
+	return differ_for_device(edu, t.written);
+}
+
 static long device_sees_wrong_anywhere(unsigned int edu)
 {
 	return differ_for_device(edu, (struct edu_transfer) {
@@ -271,7 +311,11 @@ static long device_sees_wrong_anywhere(unsigned int edu)
 	});
 }
 
-/* What swiotlb has given out; -1 where there is none. */
+/* What swiotlb has given out, in slots; -1 where there is none. */
+#define BOUNCE_SLOT (2 * KIB)
+#define BOUNCE_MAX (256 * KIB)	/* at a time */
+#define BOUNCE_TOTAL (64 * MIB)
+
 static long bounced(void)
 {
 	return value_of("/sys/kernel/debug/swiotlb/io_tlb_used", "");
@@ -344,11 +388,17 @@ static bool map_memory(const struct layout *layout, int prot)
 
 static bool new_memory(const struct layout *layout)
 {
+	const char *thp = "never";
+
 	for (unsigned int i = 0; i < 3 && layout->memfds[i].kind; i++) {
 		t.memfds[i] = new_memfd(layout->memfds[i].kind, layout->memfds[i].pages * PAGE);
 		if (t.memfds[i] < 0)
 			return false;
+		if (layout->memfds[i].kind == &shmem_thp)
+			thp = shmem_thp.thp;
 	}
+	/* For a buffer of holes. */
+	write_file(THP_SETTING, thp);
 	return map_memory(layout, PROT_READ | PROT_WRITE);
 }
 
@@ -378,6 +428,78 @@ static int new_buffer(const struct layout *layout)
 			.offset = r->first * PAGE, .size = r->pages * PAGE,
 		};
 	return create_list(items, count);
+}
+
+/* What /proc/kpageflags tells about a page. */
+#define KPF_DIRTY (1ULL << 4)
+#define KPF_HEAD (1ULL << 15)
+#define KPF_TAIL (1ULL << 16)
+
+static __u64 flags_of(__u64 pfn)
+{
+	int fd = open("/proc/kpageflags", O_RDONLY | O_CLOEXEC);
+	__u64 flags = 0;
+
+	if (pread(fd, &flags, sizeof(flags), pfn * sizeof(flags)) != sizeof(flags))
+		flags = 0;
+	close(fd);
+	return flags;
+}
+
+/* How many pages of the buffer are in a folio of another size than the layout says. */
+static size_t pages_of_wrong_size(const struct layout *layout)
+{
+	size_t n = 0, bad = 0;
+
+	for (const struct range *r = layout->ranges; r < layout->ranges + 8; r++)
+		for (size_t i = 0; i < r->pages; i++) {
+			bool large = flags_of(pfn_of(t.pages[n++])) & (KPF_HEAD | KPF_TAIL);
+
+			bad += large != (layout->memfds[r->memfd].kind->page > PAGE);
+		}
+	return bad;
+}
+
+/*
+ * How many runs of adjacent pages the buffer has. One begins at each item of the list, and at each
+ * multiple of 4 GiB, which no segment crosses.
+ */
+static size_t runs(const struct layout *layout)
+{
+	size_t n = 0, count = 0;
+
+	for (const struct range *r = layout->ranges; r < layout->ranges + 8; r++) {
+		__u64 next = PFN_NONE;
+
+		for (size_t i = 0; i < r->pages; i++) {
+			__u64 pfn = pfn_of(t.pages[n++]);
+
+			count += pfn != next || pfn % (4 * GIB / PAGE) == 0;
+			next = pfn + 1;
+		}
+	}
+	return count;
+}
+
+/* How many pages of the buffer a device has found where they are in memory. */
+static size_t pages_found_in_memory(void)
+{
+	size_t n = 0, found = 0;
+
+	for (size_t i = 0; i < t.nr_segments; i++)
+		for (size_t at = 0; at < t.segments[i].length && n < t.nr; at += PAGE)
+			found += t.segments[i].address + at == pfn_of(t.pages[n++]) * PAGE;
+	return found;
+}
+
+static size_t longest_segment(void)
+{
+	size_t longest = 0;
+
+	for (size_t i = 0; i < t.nr_segments; i++)
+		if (t.segments[i].length > longest)
+			longest = t.segments[i].length;
+	return longest;
 }
 
 static bool has_hugetlb(const struct layout *layout)
@@ -465,6 +587,21 @@ FIXTURE_SETUP(device)
 FIXTURE_TEARDOWN(device)
 {
 	TEARDOWN();
+}
+
+/* Or the cases would show nothing: what memory the buffer has, and where the device finds it. */
+TEST_F(device, memory_is_as_it_says)
+{
+	fill_memory(variant->layout);
+	ASSERT_BUFFER();
+	EXPECT_EQ(0, pages_of_wrong_size(variant->layout));
+	if (variant->layout == &scattered)
+		EXPECT_LE(t.nr / 5, runs(variant->layout));
+
+	ASSERT_EQ(0, attach_and_map(0, EDU_BIDIRECTIONAL));
+	EXPECT_EQ(machine_is_direct() ? t.nr : 0, pages_found_in_memory());
+	if (machine_has("swiotlb=force"))
+		EXPECT_LE(t.size, (bounced() - t.bounced) * BOUNCE_SLOT);
 }
 
 TEST_F(device, reads_what_was_written_before)
@@ -626,6 +763,26 @@ TEST_F(device, writer_is_not_overwritten)
 	ASSERT_EQ(0, end(DMA_BUF_SYNC_READ));
 }
 
+/* What the CPU writes stays, although the device writes all that it has once it unmaps. */
+TEST_F(device, writer_keeps_what_was_written_until_end)
+{
+	size_t half = t.nr / 2 * WORDS;
+
+	fill_memory(variant->layout);
+	ASSERT_BUFFER();
+	ASSERT_MAPPED();
+	ASSERT_EQ(0, attach_and_map(0, EDU_FROM_DEVICE));
+	ASSERT_EQ(0, device_writes_to(0, THE_DEVICE, few_pieces()));
+	ASSERT_EQ(0, start(DMA_BUF_SYNC_WRITE));
+	note(0, half, ANOTHER);
+	memcpy(t.map, wanted, half * sizeof(*wanted));
+	ASSERT_EQ(0, end(DMA_BUF_SYNC_WRITE));
+	ASSERT_EQ(0, device_writes_to(0, THE_DEVICE, few_pieces()));
+	ASSERT_EQ(0, unmap(0));
+	EXPECT_EQ(0, cpu_sees_wrong());
+	EXPECT_EQ(0, map_shows_wrong());
+}
+
 /* One writes, the other reads; each has been the first to attach. */
 TEST_F(device, two_devices)
 {
@@ -646,9 +803,48 @@ TEST_F(device, two_devices)
 		ASSERT_EQ(0, start(DMA_BUF_SYNC_RW));
 		EXPECT_EQ(0, map_shows_wrong());
 		ASSERT_EQ(0, end(DMA_BUF_SYNC_RW));
-		EXPECT_EQ(0, device_sees_wrong(reader));
+		EXPECT_EQ(0, device_sees_wrong_there(reader));
 		ASSERT_EQ(0, detach(order & 2 ? writer : reader));
 		ASSERT_EQ(0, detach(order & 2 ? reader : writer));
+	}
+}
+
+/* The reader needs no SYNC by the CPU to find what the writer left. */
+TEST_F(device, reader_sees_what_was_unmapped)
+{
+	fill_memory(variant->layout);
+	ASSERT_BUFFER();
+	ASSERT_EQ(0, attach_and_map(0, EDU_TO_DEVICE));
+	ASSERT_EQ(0, attach_and_map(1, EDU_FROM_DEVICE));
+	ASSERT_EQ(0, device_writes_to(1, THE_DEVICE, few_pieces()));
+	ASSERT_EQ(0, unmap(1));
+	EXPECT_EQ(0, device_sees_wrong_there(0));
+	EXPECT_EQ(0, cpu_sees_wrong());
+}
+
+/* Device 0 could write, and has not: its copy is old. Each order of mapping and unmapping. */
+TEST_F(device, writer_prevails)
+{
+	fill_memory(variant->layout);
+	ASSERT_BUFFER();
+	for (unsigned int order = 0; order < 4; order++) {
+		unsigned int first = order & 1, unmapped = order >> 1;
+
+		for (unsigned int n = 0; n < 2; n++) {
+			unsigned int edu = first ^ n;
+
+			ASSERT_EQ(0, attach_and_map(edu, edu ? EDU_FROM_DEVICE :
+							       EDU_BIDIRECTIONAL));
+		}
+		ASSERT_EQ(0, device_writes_to(1, ANOTHER + order, few_pieces()));
+		ASSERT_EQ(0, start(DMA_BUF_SYNC_READ));
+		EXPECT_EQ(0, cpu_sees_wrong())
+			TH_LOG("after the start, order %u", order);
+		ASSERT_EQ(0, end(DMA_BUF_SYNC_READ));
+		ASSERT_EQ(0, detach(unmapped));
+		ASSERT_EQ(0, detach(!unmapped));
+		EXPECT_EQ(0, cpu_sees_wrong())
+			TH_LOG("after unmapping, order %u", order);
 	}
 }
 
@@ -670,6 +866,63 @@ TEST_F(device, two_readers)
 	cpu_writes(THE_OWNER);
 	ASSERT_EQ(0, end(DMA_BUF_SYNC_WRITE));
 	EXPECT_EQ(0, device_sees_wrong(1));
+}
+
+/* A device that is not done */
+
+static struct {
+	int ret;
+	atomic_bool returned;
+} starter;
+
+static void *start_to_read(void *arg)
+{
+	(void)arg;
+	starter.ret = start(DMA_BUF_SYNC_READ);
+	starter.returned = true;
+	return NULL;
+}
+
+/*
+ * vgem lends its fence, which expires after 10 s. By then it has imported the buffer itself, and on
+ * a machine that bounces has a copy of it, an old one.
+ */
+TEST_F(device, start_waits_for_a_writer)
+{
+	struct drm_vgem_fence_attach fence = { .flags = VGEM_FENCE_WRITE };
+	struct drm_vgem_fence_signal signal = { };
+	struct edu_transfer what = few_pieces();
+	int vgem = drm_open("vgem", NULL);
+	pthread_t thread;
+	long handle;
+
+	if (vgem < 0)
+		SKIP(return, "no vgem");
+	fill_memory(variant->layout);
+	ASSERT_BUFFER();
+	handle = drm_import(vgem, t.buffer);
+	ASSERT_LT(0, handle);
+	fence.handle = handle;
+	ASSERT_EQ(0, attach_and_map(0, EDU_FROM_DEVICE));
+	ASSERT_EQ(0, ioctl(vgem, DRM_IOCTL_VGEM_FENCE_ATTACH, &fence));
+
+	starter.returned = false;
+	ASSERT_EQ(0, pthread_create(&thread, NULL, start_to_read, NULL));
+	/* There is one CPU: the thread starts as soon as this one sleeps. */
+	usleep(100000);
+	what.pieces = 2;
+	EXPECT_EQ(0, device_writes_to(0, THE_DEVICE, what));
+	EXPECT_FALSE(starter.returned);
+	signal.fence = fence.out_fence;
+	EXPECT_EQ(0, ioctl(vgem, DRM_IOCTL_VGEM_FENCE_SIGNAL, &signal))
+		TH_LOG("the fence: %s", strerror(errno));
+	pthread_join(thread, NULL);
+	EXPECT_EQ(0, starter.ret);
+	EXPECT_EQ(0, cpu_sees_wrong());
+	EXPECT_EQ(0, end(DMA_BUF_SYNC_READ));
+
+	EXPECT_EQ(0, drm_close_handle(vgem, handle));
+	close(vgem);
 }
 
 /* Without a device */
@@ -740,36 +993,60 @@ TEST_F(device, many_are_synced)
 		close(buffers[n]);
 }
 
-/* What is kept */
+/* What is kept: not of hugetlb, whose pages are never clean, and never paged out */
 
-#define KPF_DIRTY 4
-#define KPF_COMPOUND_TAIL 16
+FIXTURE(kept) {
+};
 
-/* How many folios of shmem that the buffer has are dirty; in @folios how many there are. */
-static int dirty_folios(const struct layout *layout, int *folios)
+FIXTURE_VARIANT(kept) {
+	const struct layout *layout;
+};
+
+FIXTURE_VARIANT_ADD(kept, scattered) { .layout = &scattered };
+
+FIXTURE_VARIANT_ADD(kept, thp) { .layout = &on_thp };
+
+FIXTURE_VARIANT_ADD(kept, parts) { .layout = &parts };
+
+FIXTURE_VARIANT_ADD(kept, list) { .layout = &mixed_list };
+
+FIXTURE_SETUP(kept)
 {
-	int fd = open("/proc/kpageflags", O_RDONLY | O_CLOEXEC), dirty = 0;
+	SETUP();
+}
 
-	*folios = 0;
+FIXTURE_TEARDOWN(kept)
+{
+	TEARDOWN();
+}
+
+/* How many folios of shmem the buffer has; in @dirty how many of them are dirty. */
+static int shmem_folios(const struct layout *layout, int *dirty)
+{
+	int folios = 0;
+
+	*dirty = 0;
 	for (const struct range *r = layout->ranges; r < layout->ranges + 8; r++) {
-		/* That of hugetlb is never clean. */
-		for (size_t n = r->first;
-		     !layout->memfds[r->memfd].kind->pool && n < r->first + r->pages; n++) {
-			const char *at = t.mem[r->memfd] + n * PAGE;
+		if (layout->memfds[r->memfd].kind->pool)
+			continue;
+		for (size_t n = 0; n < r->pages; n++) {
+			const char *at = t.mem[r->memfd] + (r->first + n) * PAGE;
 			__u64 pfn, flags;
 
 			(void)*(volatile const char *)at;
 			pfn = pfn_of(at);
-			if (pread(fd, &flags, sizeof(flags), pfn * sizeof(flags)) != sizeof(flags))
-				return -1;
-			if (flags & 1ULL << KPF_COMPOUND_TAIL)
+			flags = flags_of(pfn);
+			/* Of the folio that the page before was in. */
+			if (n && flags & KPF_TAIL)
 				continue;
-			++*folios;
-			dirty += !!(flags & 1ULL << KPF_DIRTY);
+			/* The head is dirty or not, also where the range begins after it. */
+			while (flags & KPF_TAIL)
+				flags = flags_of(--pfn);
+			folios++;
+			*dirty += !!(flags & KPF_DIRTY);
 		}
 	}
-	close(fd);
-	return dirty;
+	return folios;
 }
 
 /* The buffer of what nobody has touched is used by a device, and goes. */
@@ -784,24 +1061,29 @@ static int dirty_folios(const struct layout *layout, int *folios)
 	ASSERT_TRUE(map_memory(variant->layout, PROT_READ)); \
 } while (0)
 
-TEST_F(device, read_is_clean)
+TEST_F(kept, read_is_clean)
 {
-	int folios;
+	int dirty;
 
 	USED_BY_DEVICE(EDU_TO_DEVICE, device_sees_wrong(0));
-	EXPECT_EQ(0, dirty_folios(variant->layout, &folios));
+	EXPECT_LT(0, shmem_folios(variant->layout, &dirty));
+	EXPECT_EQ(0, dirty);
 }
 
-TEST_F(device, written_is_dirty)
+TEST_F(kept, written_is_dirty)
 {
-	int folios;
+	int dirty, folios;
 
 	USED_BY_DEVICE(EDU_FROM_DEVICE, 0);
-	EXPECT_EQ(dirty_folios(variant->layout, &folios), folios);
+	folios = shmem_folios(variant->layout, &dirty);
+	EXPECT_LT(0, folios);
+	EXPECT_EQ(folios, dirty);
 }
 
-TEST_F(device, written_is_kept)
+TEST_F(kept, written_is_kept)
 {
+	long before = value_of("/proc/vmstat", "pswpout ");
+
 	USED_BY_DEVICE(EDU_FROM_DEVICE, device_writes(0, THE_DEVICE));
 	for (int pass = 0; pass < 2; pass++) {
 		EXPECT_EQ(0, cpu_sees_wrong());
@@ -809,6 +1091,8 @@ TEST_F(device, written_is_kept)
 			madvise(t.mem[i], variant->layout->memfds[i].pages * PAGE, MADV_PAGEOUT);
 	}
 	EXPECT_EQ(0, cpu_sees_wrong());
+	EXPECT_LT(before, value_of("/proc/vmstat", "pswpout "))
+		TH_LOG("nothing was paged out");
 }
 
 /* What a device cannot do */
@@ -843,32 +1127,22 @@ FIXTURE_TEARDOWN(limits)
 /* Maps for a device with limits; how many segments break them, or an errno. */
 static long map_limited(unsigned int edu, struct edu_attach limits)
 {
-	static struct edu_segment segments[4096];
-	struct edu_map arg = {
-		.direction = EDU_BIDIRECTIONAL, .segments = (uintptr_t)segments,
-		.count = ARRAY_SIZE(segments),
-	};
 	__u64 max = limits.max_segment ?: 64 * KIB, boundary = limits.boundary ?: UINT_MAX, sum = 0;
 	__u64 mask = limits.mask_bits && limits.mask_bits < 64 ?
 		     (1ULL << limits.mask_bits) - 1 : ~0ULL;
-	long bad = 0, longest = 0;
-	int ret = attach_limited(edu, limits);
+	long bad = 0;
+	int ret = attach_limited(edu, limits) ?: map(edu, EDU_BIDIRECTIONAL);
 
 	if (ret)
 		return ret;
-	if (ioctl(t.edu[edu], EDU_MAP, &arg))
-		return -errno;
-	if (arg.count > ARRAY_SIZE(segments))
-		return -E2BIG;
-	for (unsigned int i = 0; i < arg.count; i++) {
-		__u64 first = segments[i].address, last = first + segments[i].length - 1;
+	for (size_t i = 0; i < t.nr_segments; i++) {
+		__u64 length = t.segments[i].length;
+		__u64 first = t.segments[i].address, last = first + length - 1;
 
-		bad += segments[i].length > max || last > mask || (first & ~boundary) != (last & ~boundary);
-		sum += segments[i].length;
-		if ((long)segments[i].length > longest)
-			longest = segments[i].length;
+		bad += length > max || last > mask || (first & ~boundary) != (last & ~boundary);
+		sum += length;
 	}
-	printf("# %u segments, the longest of %ld bytes\n", arg.count, longest);
+	printf("# %zu segments, the longest of %zu bytes\n", t.nr_segments, longest_segment());
 	return sum == t.size ? bad : -EMSGSIZE;
 }
 
@@ -878,7 +1152,7 @@ static long map_limited(unsigned int edu, struct edu_attach limits)
 	ASSERT_BUFFER(); \
 	ASSERT_EQ(0, map_limited(edu, (struct edu_attach) { __VA_ARGS__ })); \
 	EXPECT_EQ(0, device_sees_wrong(edu)); \
-	ASSERT_EQ(0, device_writes(edu, THE_DEVICE)); \
+	ASSERT_EQ(0, device_writes_to(edu, THE_DEVICE, few_pieces())); \
 	ASSERT_EQ(0, unmap(edu)); \
 	EXPECT_EQ(0, cpu_sees_wrong()); \
 } while (0)
@@ -896,6 +1170,38 @@ TEST_F(limits, segments_of_a_page)
 TEST_F(limits, segments_of_no_whole_pages)
 {
 	LIMITED(0, .max_segment = 3 * PAGE + 512);
+}
+
+/* As long as the memory allows, and the machine. */
+TEST_F(limits, segments_without_limit)
+{
+	LIMITED(0, .max_segment = UINT_MAX & ~(PAGE - 1));
+	if (machine_is_direct())
+		EXPECT_EQ(runs(variant->layout), t.nr_segments);
+	if (machine_has("swiotlb=force"))
+		EXPECT_GE(BOUNCE_MAX, longest_segment());
+}
+
+/* It is refused, and nothing is left of it. */
+TEST_F(limits, more_than_can_be_bounced)
+{
+	size_t size = BOUNCE_TOTAL + 16 * MIB;
+	struct books before = read_books();
+	int memfd;
+
+	if (!machine_has("swiotlb=force"))
+		SKIP(return, "here, nothing is bounced");
+	memfd = new_memfd(&shmem_thp, size);
+	ASSERT_LE(0, memfd);
+	t.buffer = create(memfd, 0, size);
+	ASSERT_LE(0, t.buffer);
+	EXPECT_EQ(-EIO, attach_and_map(0, EDU_BIDIRECTIONAL));
+	EXPECT_EQ(t.bounced, bounced());
+	drop_buffer();
+	close(memfd);
+	EXPECT_SAME_BOOKS(before);
+
+	LIMITED(0, .mask_bits = 64);
 }
 
 /* A page cannot be cut; to refuse is all right. */

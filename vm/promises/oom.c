@@ -98,7 +98,6 @@ FIXTURE_SETUP(oom)
 	t.log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	ASSERT_LE(0, t.log);
 	lseek(t.log, 0, SEEK_END);
-	quiet_kernel();
 	t.kills = kills();
 	ASSERT_LE(0, t.kills);
 }
@@ -109,7 +108,6 @@ FIXTURE_TEARDOWN(oom)
 		kill(t.bystander, SIGKILL);
 		waitpid(t.bystander, NULL, 0);
 	}
-	EXPECT_EQ(0, complaints());
 	close(t.log);
 	close(t.memfd);
 	munlockall();

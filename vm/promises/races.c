@@ -180,7 +180,16 @@ static int online_blocks(void)
 	return failed;
 }
 
-/* The two that race */
+/* The two that race, each on a CPU of its own */
+
+static void use_cpu(int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	sched_setaffinity(0, sizeof(cpus), &cpus);
+}
 
 static void wait_until(atomic_int *what, int value)
 {
@@ -192,7 +201,7 @@ static void wait_until(atomic_int *what, int value)
 static struct {
 	void (*act)(void);
 	pthread_t thread;
-	atomic_int ready, go, done;	/* the round that it has got to */
+	atomic_int ready, go, awake, start, done;	/* the round that it has got to */
 	atomic_bool end;
 	atomic_bool over;		/* what it races with, in this round */
 	int length;			/* spins that it takes what it races with */
@@ -209,11 +218,15 @@ static void *rival_thread(void *arg)
 {
 	int length;
 
+	use_cpu(1);
 	for (int round = 1;; round++) {
 		atomic_store(&rival.ready, round);
 		wait_until(&rival.go, round);
 		if (atomic_load(&rival.end))
 			return arg;
+		atomic_store(&rival.awake, round);
+		while (atomic_load(&rival.start) < round)
+			;
 		if (rival.act) {
 			spin(rival.hold);
 			rival.act();
@@ -230,6 +243,7 @@ static void *rival_thread(void *arg)
 static void start_rival(struct __test_metadata *_metadata)
 {
 	memset(&rival, 0, sizeof(rival));
+	use_cpu(0);
 	ASSERT_EQ(0, pthread_create(&rival.thread, NULL, rival_thread, NULL));
 }
 
@@ -251,6 +265,10 @@ static void race_of(void (*mine)(void), void (*act)(void))
 	rival.hold = rival.length ? random() % (2 * rival.length) - rival.length : 0;
 	atomic_store(&rival.over, false);
 	atomic_store(&rival.go, round);
+	/* Either may have slept: what is short would be over by then. */
+	while (atomic_load(&rival.awake) < round)
+		sched_yield();
+	atomic_store(&rival.start, round);
 	spin(-rival.hold);
 	mine();
 	atomic_store(&rival.over, true);
@@ -958,11 +976,8 @@ static __u64 *count_of(size_t page, size_t writer)
 static void *writer_thread(void *arg)
 {
 	struct writer *writer = arg;
-	cpu_set_t cpu;
 
-	CPU_ZERO(&cpu);
-	CPU_SET(writer->cpu, &cpu);
-	sched_setaffinity(0, sizeof(cpu), &cpu);
+	use_cpu(writer->cpu);
 	while (!atomic_load(&writer->end)) {
 		for (size_t page = 0; page < t.pages; page++)
 			++*(volatile __u64 *)count_of(page, writer - writers);
@@ -1338,122 +1353,20 @@ TEST_F(race, create_and_close_of_what_it_returns)
 }
 
 /*
- * CPU access that several threads begin and end at the same moment, in each round on a fresh
- * buffer that a device has mapped. No two of its pages lie side by side, so a scatter table has
- * 128 KiB, and one that is lost is seen. Whatever else goes on takes memory, but not in each batch;
- * a leak does.
- */
-
-#define SYNC_THREADS 4
-#define SYNC_ITEMS 4096
-#define SYNC_BATCHES 2			/* one more goes before, to warm the allocators up */
-#define SYNC_ROUNDS 12			/* in a batch */
-#define SYNC_LOST_KB 1024		/* in a batch: what 8 rounds would lose */
-
-static struct {
-	pthread_barrier_t begin, end;
-	atomic_int errors, go;
-} sync_race;
-
-static void *sync_thread(void *arg)
-{
-	int ret;
-
-	for (int round = 0; round < (SYNC_BATCHES + 1) * SYNC_ROUNDS; round++) {
-		pthread_barrier_wait(&sync_race.begin);
-		/* The barrier wakes one after the other: meet again, awake. */
-		atomic_fetch_add(&sync_race.go, 1);
-		wait_until(&sync_race.go, (round + 1) * SYNC_THREADS);
-		ret = sync_buffer(t.buffer, DMA_BUF_SYNC_START | DMA_BUF_SYNC_RW);
-		atomic_fetch_add(&sync_race.errors, ret != 0);
-		ret = sync_buffer(t.buffer, DMA_BUF_SYNC_END | DMA_BUF_SYNC_RW);
-		atomic_fetch_add(&sync_race.errors, ret != 0);
-		pthread_barrier_wait(&sync_race.end);
-	}
-	return arg;
-}
-
-static struct udmabuf_create_list *scattered_list(size_t count)
-{
-	struct udmabuf_create_list *list = calloc(1, sizeof(*list) + count * sizeof(*list->list));
-	size_t page = 0;
-
-	for (size_t i = 0; list && i < count; i++) {
-		list->list[i].memfd = t.memfd;
-		list->list[i].offset = page * PAGE;
-		list->list[i].size = PAGE;
-		page = (page * 1664525 + 1013904223) & (t.pages - 1);
-	}
-	if (list) {
-		list->flags = UDMABUF_FLAGS_CLOEXEC;
-		list->count = count;
-	}
-	return list;
-}
-
-static void sync_round(struct __test_metadata *_metadata, struct udmabuf_create_list *list)
-{
-	int vgem = drm_open("vgem", NULL);
-
-	t.round++;
-	t.buffer = ioctl(t.dev, UDMABUF_CREATE_LIST, list);
-	EXPECT_LE(0, t.buffer);
-	EXPECT_LT(0, drm_import(vgem, t.buffer));
-	pthread_barrier_wait(&sync_race.begin);
-	pthread_barrier_wait(&sync_race.end);
-	close(vgem);
-	close(t.buffer);
-}
-
-TEST_F(race, sync_by_many)
-{
-	pthread_t threads[SYNC_THREADS];
-	struct udmabuf_create_list *list;
-	long least = LONG_MAX, before, lost, lost_stamps;
-
-	write_number(PARAMETERS "list_limit", SYNC_ITEMS);
-	t.size = SYNC_ITEMS * PAGE;
-	t.pages = SYNC_ITEMS;
-	open_round(_metadata, t.size);
-	list = scattered_list(SYNC_ITEMS);
-	ASSERT_NE(NULL, list);
-	pthread_barrier_init(&sync_race.begin, NULL, SYNC_THREADS + 1);
-	pthread_barrier_init(&sync_race.end, NULL, SYNC_THREADS + 1);
-	for (int i = 0; i < SYNC_THREADS; i++)
-		ASSERT_EQ(0, pthread_create(threads + i, NULL, sync_thread, NULL));
-	for (int batch = 0; batch <= SYNC_BATCHES; batch++) {
-		before = available_kb();
-		for (int i = 0; i < SYNC_ROUNDS; i++)
-			sync_round(_metadata, list);
-		lost = before - available_kb();
-		if (batch && lost < least)
-			least = lost;
-	}
-	for (int i = 0; i < SYNC_THREADS; i++)
-		pthread_join(threads[i], NULL);
-	t.buffer = -1;
-	lost_stamps = wrong(t.mem, 0, t.pages, t.who);
-	close_round();
-	write_number(PARAMETERS "list_limit", 1024);
-	EXPECT_EQ(0, atomic_load(&sync_race.errors));
-	EXPECT_EQ(0, lost_stamps);
-	EXPECT_LT(least, SYNC_LOST_KB)
-		TH_LOG("%d rounds lose %ld kB or more, each time", SYNC_ROUNDS, least);
-}
-
-/*
  * CPU access that many begin and end while the buffer is attached to devices and detached. They
  * look at the attachments that others make and end at that moment. What they sync is the memory as
  * the device has it: nobody else writes, so it stays what it was.
  */
 
+#define SYNC_THREADS 4
 #define ATTACH_ROUNDS 40
 
 static struct {
 	pthread_barrier_t begin;
-	atomic_bool end, attached;
+	atomic_bool end;
+	atomic_int attached;		/* the round in which it is; 0: it is not */
 	atomic_long rounds, errors;
-	atomic_long with_devices;	/* began while some had the buffer mapped */
+	atomic_long with_devices;	/* began while a device had the buffer mapped */
 } attach_race;
 
 static void *sync_on_thread(void *arg)
@@ -1464,9 +1377,11 @@ static void *sync_on_thread(void *arg)
 	pthread_barrier_wait(&attach_race.begin);
 	for (int i = 0; !atomic_load(&attach_race.end); i++) {
 		__u64 way = ways[i % ARRAY_SIZE(ways)];
+		int attached = atomic_load(&attach_race.attached);
 
-		atomic_fetch_add(&attach_race.with_devices, atomic_load(&attach_race.attached));
 		errors += sync_buffer(t.buffer, DMA_BUF_SYNC_START | way) != 0;
+		if (attached && attached == atomic_load(&attach_race.attached))
+			atomic_fetch_add(&attach_race.with_devices, 1);
 		errors += sync_buffer(t.buffer, DMA_BUF_SYNC_END | way) != 0;
 		atomic_fetch_add(&attach_race.rounds, 1);
 	}
@@ -1474,7 +1389,7 @@ static void *sync_on_thread(void *arg)
 	return arg;
 }
 
-/* Waits until some access by the CPU has begun that finds the mappings of the devices. */
+/* Waits until access by the CPU has begun that found the mapping of a device. */
 static void wait_for_sync(void)
 {
 	long before = atomic_load(&attach_race.with_devices);
@@ -1488,7 +1403,7 @@ TEST_F(race, sync_and_attach)
 	pthread_t threads[SYNC_THREADS];
 	int vgem[2];
 
-	t.size = t.kind->page == PAGE ? 64 * PAGE : 2 * HUGE;
+	t.size = t.kind->page == PAGE ? 64 * PAGE : HUGE;
 	t.pages = t.size / PAGE;
 	open_round(_metadata, t.size);
 	create_whole();
@@ -1504,13 +1419,14 @@ TEST_F(race, sync_and_attach)
 		for (int d = 0; d < 2; d++) {
 			vgem[d] = drm_open("vgem", NULL);
 			EXPECT_LT(0, drm_import(vgem[d], t.buffer));
-			atomic_store(&attach_race.attached, true);
+			atomic_store(&attach_race.attached, i + 1);
 		}
-		/* Else both are gone as soon as they have come. */
-		if (i % 2)
+		/* Mostly, both are gone as soon as they have come. */
+		if (i % 8 == 7)
 			wait_for_sync();
 		for (int d = 0; d < 2; d++) {
-			atomic_store(&attach_race.attached, !d);
+			if (d)
+				atomic_store(&attach_race.attached, 0);
 			close(vgem[(i + d) % 2]);
 		}
 	}
@@ -1602,15 +1518,6 @@ TEST_F(race, create_and_kill)
 #define KILL_LAST_ITEM 20
 #define POOL_NODE0 "/sys/devices/system/node/node0/hugepages/hugepages-2048kB/"
 
-static void use_cpu_0(void)
-{
-	cpu_set_t cpu;
-
-	CPU_ZERO(&cpu);
-	CPU_SET(0, &cpu);
-	sched_setaffinity(0, sizeof(cpu), &cpu);
-}
-
 static void go_first(bool first)
 {
 	struct sched_param param = { .sched_priority = first ? 10 : 0 };
@@ -1676,7 +1583,7 @@ TEST_F(race, list_and_kill)
 	ASSERT_NE(NULL, list);
 	ASSERT_EQ(0, fstat(t.memfd, &before));
 	ASSERT_EQ(0, pipe2(go, O_CLOEXEC));
-	use_cpu_0();
+	use_cpu(0);
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid)
