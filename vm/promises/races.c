@@ -180,8 +180,6 @@ static int online_blocks(void)
 	return failed;
 }
 
-/* The two that race, each on a CPU of its own */
-
 static void use_cpu(int cpu)
 {
 	cpu_set_t cpus;
@@ -198,10 +196,12 @@ static void wait_until(atomic_int *what, int value)
 			usleep(20);
 }
 
+/* The two that race */
+
 static struct {
 	void (*act)(void);
 	pthread_t thread;
-	atomic_int ready, go, awake, start, done;	/* the round that it has got to */
+	atomic_int ready, go, done;	/* the round that it has got to */
 	atomic_bool end;
 	atomic_bool over;		/* what it races with, in this round */
 	int length;			/* spins that it takes what it races with */
@@ -218,15 +218,11 @@ static void *rival_thread(void *arg)
 {
 	int length;
 
-	use_cpu(1);
 	for (int round = 1;; round++) {
 		atomic_store(&rival.ready, round);
 		wait_until(&rival.go, round);
 		if (atomic_load(&rival.end))
 			return arg;
-		atomic_store(&rival.awake, round);
-		while (atomic_load(&rival.start) < round)
-			;
 		if (rival.act) {
 			spin(rival.hold);
 			rival.act();
@@ -243,7 +239,6 @@ static void *rival_thread(void *arg)
 static void start_rival(struct __test_metadata *_metadata)
 {
 	memset(&rival, 0, sizeof(rival));
-	use_cpu(0);
 	ASSERT_EQ(0, pthread_create(&rival.thread, NULL, rival_thread, NULL));
 }
 
@@ -265,10 +260,6 @@ static void race_of(void (*mine)(void), void (*act)(void))
 	rival.hold = rival.length ? random() % (2 * rival.length) - rival.length : 0;
 	atomic_store(&rival.over, false);
 	atomic_store(&rival.go, round);
-	/* Either may have slept: what is short would be over by then. */
-	while (atomic_load(&rival.awake) < round)
-		sched_yield();
-	atomic_store(&rival.start, round);
 	spin(-rival.hold);
 	mine();
 	atomic_store(&rival.over, true);
@@ -283,6 +274,16 @@ static void create_whole(void)
 static void race(void (*act)(void))
 {
 	race_of(create_whole, act);
+}
+
+/*
+ * Is there one more round after the first @i of @rounds? Where the host is busy, its CPUs take
+ * turns, and what is short seldom happens at once. So there are more until all outcomes were @met,
+ * but not for ever.
+ */
+static bool goes_on(int i, int rounds, bool met)
+{
+	return i < rounds || (!met && i < 20 * rounds);
 }
 
 /* Rounds: each on a memfd of its own */
@@ -459,7 +460,7 @@ TEST_F(race, create_and_punch_hole)
 	long met_old = 0, met_new = 0;
 
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 24 && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 24, met_old && met_new) && _metadata->passed; i++) {
 		open_round(_metadata, t.size);
 		draw_range();
 		race(punch);
@@ -472,8 +473,8 @@ TEST_F(race, create_and_punch_hole)
 	end_rival();
 	EXPECT_LT(0, met_old);
 	EXPECT_LT(0, met_new);
-	TH_LOG("24 rounds: of punched pages, %ld met as they were, %ld as the file has them",
-	       met_old, met_new);
+	TH_LOG("of punched pages, %ld met as they were, %ld as the file has them", met_old,
+	       met_new);
 }
 
 /*
@@ -517,7 +518,7 @@ TEST_F(race, fdinfo_and_punch_hole)
 	int between = 0;
 
 	start_rival(_metadata);
-	for (int i = -2; i < 24 && _metadata->passed; i++) {
+	for (int i = -2; goes_on(i, 24, between) && _metadata->passed; i++) {
 		size_t folios = t.size / t.kind->page, lost;
 
 		open_round(_metadata, t.size);
@@ -541,7 +542,7 @@ TEST_F(race, fdinfo_and_punch_hole)
 	}
 	end_rival();
 	EXPECT_LT(0, between);
-	TH_LOG("24 rounds: %d asked before all was punched out", between);
+	TH_LOG("%d times asked before all was punched out", between);
 }
 
 static void grow(void)
@@ -555,7 +556,7 @@ TEST_F(race, create_and_grow)
 	int made = 0, refused = 0;
 
 	calibrate(_metadata, t.size / 2);
-	for (int i = 0; i < 24 && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 24, made && refused) && _metadata->passed; i++) {
 		open_round(_metadata, 0);
 		close_round();
 		t.memfd = new_memfd(t.kind, t.size / 2);
@@ -579,7 +580,7 @@ TEST_F(race, create_and_grow)
 	end_rival();
 	EXPECT_LT(0, made);
 	EXPECT_LT(0, refused);
-	TH_LOG("24 rounds: %d made, %d refused", made, refused);
+	TH_LOG("%d made, %d refused", made, refused);
 }
 
 /* Against seals */
@@ -605,7 +606,7 @@ TEST_F(race, create_and_seal_write)
 
 	seals = F_SEAL_WRITE;
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 16, made && sealed) && _metadata->passed; i++) {
 		open_round(_metadata, t.size);
 		munmap(t.mem, t.size);
 		race(seal);
@@ -625,7 +626,7 @@ TEST_F(race, create_and_seal_write)
 	end_rival();
 	EXPECT_LT(0, made);
 	EXPECT_LT(0, sealed);
-	TH_LOG("16 rounds: %d buffers, %d seals", made, sealed);
+	TH_LOG("%d buffers, %d seals", made, sealed);
 }
 
 /* Neither is in the way of the other. */
@@ -1230,7 +1231,7 @@ TEST_F(race, fault_and_munmap)
 	EXPECT_TRUE(read_word_at(&t, &word));
 	t.before.fds += 2;
 	start_rival(_metadata);
-	for (int i = -2; i < 16 && _metadata->passed; i++) {
+	for (int i = -2; goes_on(i, 16, in_the_middle) && _metadata->passed; i++) {
 		open_reader(_metadata);
 		reader.good = 0;
 		reader.gone = 0;
@@ -1246,7 +1247,7 @@ TEST_F(race, fault_and_munmap)
 	}
 	end_rival();
 	EXPECT_LT(0, in_the_middle);
-	TH_LOG("16 rounds: unmapped in the middle of %d", in_the_middle);
+	TH_LOG("%d times unmapped in the middle", in_the_middle);
 }
 
 /* The mapping holds the buffer, and the buffer its memory. */
@@ -1286,10 +1287,10 @@ static void map_and_read(void)
 
 TEST_F(race, mmap_and_close)
 {
-	int mapped = 0;
+	int mapped = 0, refused = 0;
 
 	start_rival(_metadata);
-	for (int i = -2; i < 60 && _metadata->passed; i++) {
+	for (int i = -2; (i % 6 || goes_on(i, 60, mapped && refused)) && _metadata->passed; i++) {
 		/* The memory stays the same for some rounds: only the buffer is at risk. */
 		if (i < 0 || i % 6 == 0)
 			open_round(_metadata, t.size);
@@ -1305,14 +1306,16 @@ TEST_F(race, mmap_and_close)
 			EXPECT_EQ(0, wrong(reader.map, 0, t.pages, t.who));
 			munmap(reader.map, t.size);
 			mapped += i >= 0;
+		} else {
+			refused++;
 		}
 		if (i < 0 || i % 6 == 5)
 			close_round();
 	}
 	end_rival();
 	EXPECT_LT(0, mapped);
-	EXPECT_GT(60, mapped);
-	TH_LOG("60 rounds: %d mapped", mapped);
+	EXPECT_LT(0, refused);
+	TH_LOG("%d mapped, %d refused", mapped, refused);
 }
 
 /* A descriptor can be guessed, and closed by somebody who never got it. */
@@ -1330,7 +1333,7 @@ TEST_F(race, create_and_close_of_what_it_returns)
 	int closed = 0;
 
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 16, closed) && _metadata->passed; i++) {
 		open_round(_metadata, t.size);
 		guess = dup(t.memfd);
 		close(guess);
@@ -1349,7 +1352,7 @@ TEST_F(race, create_and_close_of_what_it_returns)
 	end_rival();
 	/* It need not go wrong: who guesses goes on until the create is over. */
 	EXPECT_LT(0, closed);
-	TH_LOG("16 rounds: %d closed by a guess", closed);
+	TH_LOG("%d closed by a guess", closed);
 }
 
 /*
