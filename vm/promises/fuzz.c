@@ -44,6 +44,7 @@ struct target {
 	int fd;
 	bool is_memory, is_hugetlb, is_sealed_well;
 	__u64 size;
+	bool is_for_reading;	/* and not for writing */
 };
 
 #define MOST_TARGETS 160
@@ -145,6 +146,7 @@ static void open_targets(void)
 	/* The same file opened again, for reading; and as a path, which is no file to the kernel. */
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", w.targets[0].fd);
 	add_target(open(path, O_RDONLY | O_CLOEXEC), true, false, true, w.targets[0].size);
+	w.targets[w.nr_targets - 1].is_for_reading = true;
 	add_target(open(path, O_PATH | O_CLOEXEC), false, false, false, 0);
 
 	if (pipe2(fds, O_CLOEXEC))
@@ -241,6 +243,8 @@ static struct prediction predict(const struct udmabuf_create_item *items, __u32 
 			return (struct prediction) { -EBADFD, -EBADFD };
 		if (!target->is_sealed_well)
 			return (struct prediction) { -EINVAL, -EINVAL };
+		if (target->is_for_reading)
+			return (struct prediction) { -EACCES, -EACCES };
 		/* An item of no size may be anywhere: nothing of it is looked at. */
 		if (!items[i].size)
 			continue;
