@@ -96,7 +96,8 @@ static void add_target(int fd, bool is_memory, bool is_hugetlb, bool is_sealed_w
 	if (w.nr_targets == MOST_TARGETS)
 		abort();
 	w.targets[w.nr_targets++] = (struct target) {
-		fd, is_memory, is_hugetlb, is_sealed_well, size
+		.fd = fd, .is_memory = is_memory, .is_hugetlb = is_hugetlb,
+		.is_sealed_well = is_sealed_well, .size = size,
 	};
 }
 
