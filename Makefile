@@ -13,7 +13,7 @@ help:
 #:: make build    build the kernel into build/$KERNEL
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
-#:: make test     what must hold before a change lands: 40 minutes, the first time longer
+#:: make test     what must hold before a change lands
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
 #:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
 #:: make dist     the series, cover letter and documentation as one tarball in out/dist
