@@ -103,12 +103,14 @@ program_of()
 # run_promises KERNEL [PROGRAM...]: the programs of vm/promises, each on a machine of its own, as
 # its line "VM:" describes it. A case is called PROGRAM.CASE. Where lines "VM MACHINE:" say what
 # else there is to several machines, it runs on each, and a case is PROGRAM.MACHINE.CASE; with
-# PROGRAM.MACHINE, on that one only.
+# PROGRAM.MACHINE, on that one only. Two machines run at a time.
 run_promises()
 {
-	local kernel=$1 names=("${@:2}") name program runs run machine
+	local kernel=$1 names=("${@:2}") name program all=() runs
 	[ ${#names[@]} -gt 0 ] || names=("$top"/vm/promises/*.c)
 	mkdir -p "$work/promises-$kernel" "$top/out/promises-$kernel"
+	[ ! -e "$top/build/$kernel/edu/edu.ko" ] ||
+		cp "$top/build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
 	for name in "${names[@]}"; do
 		name=$(basename "$name" .c)
 		program=${name%%.*}
@@ -122,19 +124,24 @@ run_promises()
 		if [ "$name" != "$program" ] || [ ${#runs[@]} -eq 0 ]; then
 			runs=("$name")
 		fi
-		for run in "${runs[@]}"; do
-			machine=${run#"$program"}
-			(
-				while read -r line; do
-					eval "export $line"
-				done < <(sed -nE "s/^ \* VM( ${machine#.})?: //p" "$top/vm/promises/$program.c")
-				[ ! -e "$top/build/$kernel/edu/edu.ko" ] ||
-					cp "$top/build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
-				run_program "$kernel" "$top/out/promises-$kernel/$run" \
-					"build/tests/promises-$kernel/$program"
-			) | sed -E "s/^((not )?ok )/\1$run./" | tee "$top/out/promises-$kernel/$run.results"
-		done
+		all+=("${runs[@]}")
 	done
+	# shellcheck disable=SC2016 # that is for the shell which xargs starts
+	printf '%s\n' "${all[@]}" | xargs -P 2 -I{} bash -c '. "$1/tests/common.sh"; run_promise "$2" "$3"' \
+		promise "$top" "$kernel" {}
+}
+
+# run_promise KERNEL PROGRAM[.MACHINE]: one of them, compiled by now. Its results come all at once.
+run_promise()
+{
+	local kernel=$1 run=$2 program=${2%%.*} machine results=$top/out/promises-$1/$2.results line
+	machine=${run#"$program"}
+	while read -r line; do
+		eval "export $line"
+	done < <(sed -nE "s/^ \* VM( ${machine#.})?: //p" "$top/vm/promises/$program.c")
+	run_program "$kernel" "$top/out/promises-$kernel/$run" "build/tests/promises-$kernel/$program" |
+		sed -E "s/^((not )?ok )/\1$run./" >"$results"
+	flock "$work/promises-$kernel" cat "$results"
 }
 
 # expect_failures LIST RESULTS: result lines that say whether the cases of LIST, lines
