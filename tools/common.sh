@@ -51,7 +51,8 @@ patches_hash()
 
 # kmake SRC OBJ ARGUMENT...: make for a kernel out of tree, with the compiler that LLVM=1 or
 # CROSS_COMPILE=PREFIX among the arguments asks for. With paths relative to the checkout,
-# and no time or host in the result, another checkout gets its objects from ccache; the
+# and no time or host in the result, another checkout gets its objects from ccache, which
+# takes what each depends on from the compiler instead of preprocessing all once more; the
 # prefix map keeps file names in messages short all the same.
 kmake()
 {
@@ -63,7 +64,7 @@ kmake()
 		CROSS_COMPILE=*) cc=${argument#*=}gcc ;;
 		esac
 	done
-	env CCACHE_BASEDIR="$top" CCACHE_NOHASHDIR=1 LOCALVERSION= \
+	env CCACHE_BASEDIR="$top" CCACHE_NOHASHDIR=1 CCACHE_DEPEND=1 LOCALVERSION= \
 		KBUILD_BUILD_TIMESTAMP=2022-12-11 KBUILD_BUILD_VERSION=1 \
 		KBUILD_BUILD_USER=udmabuf KBUILD_BUILD_HOST=series \
 		make -C "$src" O="$obj" CC="ccache $cc" \

@@ -206,7 +206,7 @@ static const struct sequence create_reserved = {
 	"create over a reserved hole", prepare_reserved, run_create
 };
 
-/* A page here and there, in a hole, with a memfd of each kind: many extents. */
+/* A page here and there, in a hole, with a memfd of each kind: many runs. */
 
 static bool prepare_mixed(struct stage *s)
 {
