@@ -103,11 +103,13 @@ program_of()
 # run_promises KERNEL [PROGRAM...]: the programs of vm/promises, each on a machine of its own, as
 # its line "VM:" describes it. A case is called PROGRAM.CASE. Where lines "VM MACHINE:" say what
 # else there is to several machines, it runs on each, and a case is PROGRAM.MACHINE.CASE; with
-# PROGRAM.MACHINE, on that one only. Two machines run at a time.
+# PROGRAM.MACHINE, on that one only. Two machines run at a time. Of all programs, the
+# largest come first: they take longest.
 run_promises()
 {
 	local kernel=$1 names=("${@:2}") name program all=() runs
-	[ ${#names[@]} -gt 0 ] || names=("$top"/vm/promises/*.c)
+	[ ${#names[@]} -gt 0 ] ||
+		mapfile -t names < <(find "$top/vm/promises" -name '*.c' -printf '%s %p\n' | sort -rn | cut -d' ' -f2-)
 	mkdir -p "$work/promises-$kernel" "$top/out/promises-$kernel"
 	[ ! -e "$top/build/$kernel/edu/edu.ko" ] ||
 		cp "$top/build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
