@@ -542,7 +542,7 @@ static void warm_up(size_t size)
 TEST_F(movable, without_memory_is_tried_once)
 {
 	size_t size = t.kind->page == PAGE ? 8 * PAGE : t.kind->page;
-	int buffer;
+	int buffer, attempts = 0;
 
 	if (access(FAIL_PAGE_ALLOC, F_OK))
 		SKIP(return, "no fail_page_alloc in this kernel");
@@ -551,14 +551,18 @@ TEST_F(movable, without_memory_is_tried_once)
 	/* What is free in the pool would be taken. */
 	if (t.kind->pool)
 		write_number(POOL_2M "nr_hugepages", t.size / HUGE);
-	warm_up(size);
-	ASSERT_TRUE(start_trace(ATTEMPT_EVENT, getpid()));
-	EXPECT_TRUE(refuse_pages(t.kind->pool ? 9 : 0));
-	buffer = create(t.memfd, 0, size);
-	refuse_no_pages();
-	EXPECT_EQ(-ENOMEM, buffer);
-	EXPECT_EQ(1, traced(ATTEMPT, NULL));
-	end_trace();
+	/* KASAN keeps what was freed: a small object may need a page, and there is no attempt. */
+	for (int try = 0; !attempts && try < 20; try++) {
+		warm_up(size);
+		ASSERT_TRUE(start_trace(ATTEMPT_EVENT, getpid()));
+		EXPECT_TRUE(refuse_pages(t.kind->pool ? 9 : 0));
+		buffer = create(t.memfd, 0, size);
+		refuse_no_pages();
+		EXPECT_EQ(-ENOMEM, buffer);
+		attempts = traced(ATTEMPT, NULL);
+		end_trace();
+	}
+	EXPECT_EQ(1, attempts);
 	EXPECT_EQ(t.before.pins, pins());
 	EXPECT_EQ(0, wrong(t.mem, 0, t.pages, 1000));
 	/* It is as movable as it was. */
