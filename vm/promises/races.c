@@ -774,10 +774,11 @@ static bool were_at_once(void)
 /* On memory that both have to migrate: the one must not fail because of the other's pins. */
 TEST_F(race, two_creates_on_movable_memory)
 {
-	long moved = 0;
+	long moved = 0, failed;
 	int at_once = 0;
 
 	calibrate(_metadata, t.size);
+	ASSERT_TRUE(start_trace(ATTEMPT_EVENT, 0));
 	for (int i = 0; i < 16 && _metadata->passed; i++) {
 		open_round(_metadata, t.size);
 		moved += movable_pages();
@@ -796,6 +797,10 @@ TEST_F(race, two_creates_on_movable_memory)
 		close_round();
 	}
 	end_rival();
+	EXPECT_LT(0, traced("nr_failed=", &failed));
+	/* Nobody has anything pinned that another is migrating. */
+	EXPECT_EQ(0, failed);
+	end_trace();
 	EXPECT_LT(0, at_once);
 	TH_LOG("16 rounds: %d in which both were at it at once", at_once);
 	EXPECT_EQ(16 * (long)t.pages, moved) TH_LOG("the memory was not all movable");
