@@ -53,7 +53,9 @@ patches_hash()
 # CROSS_COMPILE=PREFIX among the arguments asks for. With paths relative to the checkout,
 # and no time or host in the result, another checkout gets its objects from ccache, which
 # takes what each depends on from the compiler instead of preprocessing all once more; the
-# prefix map keeps file names in messages short all the same.
+# prefix map keeps file names in messages short all the same. What -save-temps is for: ccache lets
+# such a file alone. It does not see what the .incbin of piggy.S takes in, and gave bzImage the
+# payload of another kernel whose compressed size was the same.
 kmake()
 {
 	local src=$1 obj=$2 cc=gcc argument
@@ -68,7 +70,7 @@ kmake()
 		KBUILD_BUILD_TIMESTAMP=2022-12-11 KBUILD_BUILD_VERSION=1 \
 		KBUILD_BUILD_USER=udmabuf KBUILD_BUILD_HOST=series \
 		make -C "$src" O="$obj" CC="ccache $cc" \
-		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" "$@"
+		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" AFLAGS_piggy.o=-save-temps=obj "$@"
 }
 
 # build_edu SRC OBJ: the module of vm/edu for the kernel built in OBJ, as OBJ/edu/edu.ko.
