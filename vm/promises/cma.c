@@ -119,7 +119,7 @@ FIXTURE_SETUP(cma)
 	t.memfd = -1;
 	t.pool = pool_value(POOL_2M, "nr_hugepages");
 	if (area_pages <= 0)
-		SKIP(longjmp(_metadata->env, 1), "no CMA area: boot with hugetlb_cma=");
+		SKIP(LEAVE_SETUP, "no CMA area: boot with hugetlb_cma=");
 	ASSERT_EQ(0, value_of(AREA "used", ""));
 	write_number(POOL_2M "nr_hugepages", 0);
 	if (t.kind->pool)

@@ -75,7 +75,7 @@ FIXTURE_SETUP(cma_hugetlb)
 	t.area.end = t.area.start + t.pages;
 	t.pool_2m = pool_value(POOL_2M, "nr_hugepages");
 	if (t.pages <= 0)
-		SKIP(longjmp(_metadata->env, 1), "no CMA area: boot with hugetlb_cma=");
+		SKIP(LEAVE_SETUP, "no CMA area: boot with hugetlb_cma=");
 	write_number(POOL_2M "nr_hugepages", 0);
 	ASSERT_EQ(0, value_of(AREA "used", ""));
 	ASSERT_EQ(0, pool_value(POOL_1G, "nr_hugepages"));

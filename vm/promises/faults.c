@@ -559,7 +559,7 @@ static void sweep(struct __test_metadata *_metadata, const struct kind *kind,
 	if (sequence == &vmap_screen)
 		provoke_known_warning(_metadata, kind);
 	/* The first has what later ones find made: caches, page tables, nodes of trees. */
-	for (nth = 0; hit && nth <= MOST_FAULTS && _metadata->passed; nth++) {
+	for (nth = 0; hit && nth <= MOST_FAULTS && PASSED(_metadata); nth++) {
 		long pins_before;
 		struct stage s;
 		int ret;
@@ -593,7 +593,7 @@ static void sweep(struct __test_metadata *_metadata, const struct kind *kind,
 		EXPECT_EQ(0, close_stage(&s));
 		EXPECT_SAME_BOOKS(before);
 		EXPECT_EQ(shmem_before, shmem_kb());
-		if (!_metadata->passed)
+		if (!PASSED(_metadata))
 			TH_LOG("%s: with fault %u, the result was %d", sequence->name, nth, ret);
 	}
 	EXPECT_FALSE(hit);

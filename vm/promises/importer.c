@@ -44,7 +44,7 @@ FIXTURE_VARIANT_ADD(importer, shmem) { .kind = &shmem };
 FIXTURE_VARIANT_ADD(importer, shmem_thp) { .kind = &shmem_thp };
 FIXTURE_VARIANT_ADD(importer, hugetlb) { .kind = &hugetlb };
 
-#define SKIP_IN_SETUP(reason) SKIP(longjmp(_metadata->env, 1), reason)
+#define SKIP_IN_SETUP(reason) SKIP(LEAVE_SETUP, reason)
 
 FIXTURE_SETUP(importer)
 {

@@ -274,7 +274,7 @@ static void start_case(struct __test_metadata *_metadata, const struct kind *kin
 	t.memfd = -1;
 	t.ballast = -1;
 	if (zone.start == zone.end)
-		SKIP(longjmp(_metadata->env, 1), "no ZONE_MOVABLE: boot with movablecore=");
+		SKIP(LEAVE_SETUP, "no ZONE_MOVABLE: boot with movablecore=");
 	ASSERT_NE(0, nr_blocks);
 	write_number(POOL_2M "nr_hugepages", 0);
 	if (kind->pool)

@@ -230,7 +230,7 @@ FIXTURE_SETUP(neighbours)
 	t.pool = pool_value(POOL_2M, "nr_hugepages");
 	t.zone = zone_movable();
 	if (t.zone.start == t.zone.end)
-		SKIP(longjmp(_metadata->env, 1), "no ZONE_MOVABLE: boot with movablecore=");
+		SKIP(LEAVE_SETUP, "no ZONE_MOVABLE: boot with movablecore=");
 	t.gup = open("/sys/kernel/debug/gup_test", O_RDWR | O_CLOEXEC);
 	ASSERT_LE(0, t.gup);
 	ASSERT_EQ(0, setup_ring());
@@ -343,8 +343,8 @@ TEST_F(neighbours, come_and_go_in_every_order)
 {
 	int come[NR_HOLDERS], go[NR_HOLDERS], n = 0;
 
-	for (int i = 0; i < nr_orders() && _metadata->passed; i++) {
-		for (int k = 0; k < 3 && _metadata->passed; k++) {
+	for (int i = 0; i < nr_orders() && PASSED(_metadata); i++) {
+		for (int k = 0; k < 3 && PASSED(_metadata); k++) {
 			get_order(i, come);
 			get_order((i + k * nr_orders() / 3) % nr_orders(), go);
 			come_and_go(_metadata, come, go, n++ == 0);

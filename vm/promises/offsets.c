@@ -90,9 +90,9 @@ FIXTURE_SETUP(offsets)
 	self->folio = variant->kind == &shmem ? PAGE : variant->kind->page;
 	self->size = variant->kind == &shmem ? 16 * PAGE : 2 * HUGE;
 	if (variant->kind == &shmem_thp && value_of(PMD_SIZE, "") != HUGE)
-		SKIP(longjmp(_metadata->env, 1), "no transparent huge pages of 2 MiB");
+		SKIP(LEAVE_SETUP, "no transparent huge pages of 2 MiB");
 	if (variant->kind->pool && pool_value(POOL_2M, "free_hugepages") < 8)
-		SKIP(longjmp(_metadata->env, 1), "fewer than 8 free huge pages");
+		SKIP(LEAVE_SETUP, "fewer than 8 free huge pages");
 	self->before = read_books();
 	self->memfd = new_memfd(variant->kind, 0);
 	ASSERT_LE(0, self->memfd);

@@ -460,7 +460,7 @@ TEST_F(race, create_and_punch_hole)
 	long met_old = 0, met_new = 0;
 
 	calibrate(_metadata, t.size);
-	for (int i = 0; goes_on(i, 24, met_old && met_new) && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 24, met_old && met_new) && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		draw_range();
 		race(punch);
@@ -518,7 +518,7 @@ TEST_F(race, fdinfo_and_punch_hole)
 	int between = 0;
 
 	start_rival(_metadata);
-	for (int i = -2; goes_on(i, 24, between) && _metadata->passed; i++) {
+	for (int i = -2; goes_on(i, 24, between) && PASSED(_metadata); i++) {
 		size_t folios = t.size / t.kind->page, lost;
 
 		open_round(_metadata, t.size);
@@ -556,7 +556,7 @@ TEST_F(race, create_and_grow)
 	int made = 0, refused = 0;
 
 	calibrate(_metadata, t.size / 2);
-	for (int i = 0; goes_on(i, 24, made && refused) && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 24, made && refused) && PASSED(_metadata); i++) {
 		open_round(_metadata, 0);
 		close_round();
 		t.memfd = new_memfd(t.kind, t.size / 2);
@@ -606,7 +606,7 @@ TEST_F(race, create_and_seal_write)
 
 	seals = F_SEAL_WRITE;
 	calibrate(_metadata, t.size);
-	for (int i = 0; goes_on(i, 16, made && sealed) && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 16, made && sealed) && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		munmap(t.mem, t.size);
 		race(seal);
@@ -634,7 +634,7 @@ TEST_F(race, create_and_other_seals)
 {
 	seals = F_SEAL_GROW | F_SEAL_SEAL;
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; i < 16 && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		race(seal);
 		EXPECT_ALLOWED(t.buffer, 0);
@@ -661,7 +661,7 @@ TEST_F(race, create_and_shrink)
 
 	seals = F_SEAL_SHRINK;
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; i < 16 && PASSED(_metadata); i++) {
 		open_round(_metadata, 0);
 		close_round();
 		t.memfd = memfd_create(MEMFD_NAME, t.kind->memfd_flags | MFD_ALLOW_SEALING);
@@ -717,7 +717,7 @@ TEST_F(race, two_creates_on_holes)
 	long huge = t.kind->pool ? t.size / HUGE : 0;
 
 	calibrate(_metadata, 0);
-	for (int i = 0; i < 24 && _metadata->passed; i++) {
+	for (int i = 0; i < 24 && PASSED(_metadata); i++) {
 		bool reserve = i % 2;
 
 		open_round(_metadata, 0);
@@ -779,7 +779,7 @@ TEST_F(race, two_creates_on_movable_memory)
 
 	calibrate(_metadata, t.size);
 	ASSERT_TRUE(start_trace(ATTEMPT_EVENT, 0));
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; i < 16 && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		moved += movable_pages();
 		race_of(create_first_timed, create_second_timed);
@@ -832,7 +832,7 @@ TEST_F(race, create_and_use_of_the_rest)
 	char *map;
 
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < 16 && _metadata->passed; i++) {
+	for (int i = 0; i < 16 && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		moved += movable_pages();
 		race_of(create_front, use_back);
@@ -908,7 +908,7 @@ static void check_held(struct __test_metadata *_metadata)
 static void race_with_mover(struct __test_metadata *_metadata, int rounds, void (*act)(void))
 {
 	calibrate(_metadata, t.size);
-	for (int i = 0; i < rounds && _metadata->passed; i++) {
+	for (int i = 0; i < rounds && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		race(act);
 		EXPECT_ALLOWED(t.result, 0);
@@ -1060,7 +1060,7 @@ TEST_F(race, create_and_numa_balancing)
 
 	ASSERT_LE(0, faults);
 	balance_fast();
-	for (int i = 0; i < 3 && _metadata->passed; i++) {
+	for (int i = 0; i < 3 && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		prefer_movable(false);
 		start_writers(_metadata);
@@ -1152,7 +1152,7 @@ TEST_F(race, create_and_offlining)
 	ASSERT_LT(0, blocks.n);
 	t.size = OFFLINE_BUFFERS * (t.kind->page == PAGE ? MIB : HUGE);
 	t.pages = t.size / PAGE;
-	for (int i = 0; i < 3 && _metadata->passed; i++) {
+	for (int i = 0; i < 3 && PASSED(_metadata); i++) {
 		/* Offlining takes free huge pages from the pool. Half are on each node. */
 		write_number(POOL_2M "nr_hugepages", 0);
 		write_number(POOL_2M "nr_hugepages", t.kind->pool ? 2 * t.size / HUGE : 0);
@@ -1236,7 +1236,7 @@ TEST_F(race, fault_and_munmap)
 	EXPECT_TRUE(read_word_at(&t, &word));
 	t.before.fds += 2;
 	start_rival(_metadata);
-	for (int i = -2; goes_on(i, 16, in_the_middle) && _metadata->passed; i++) {
+	for (int i = -2; goes_on(i, 16, in_the_middle) && PASSED(_metadata); i++) {
 		open_reader(_metadata);
 		reader.good = 0;
 		reader.gone = 0;
@@ -1263,7 +1263,7 @@ TEST_F(race, fault_and_close)
 	EXPECT_TRUE(read_word_at(&t, &word));
 	t.before.fds += 2;
 	start_rival(_metadata);
-	for (int i = -2; i < 16 && _metadata->passed; i++) {
+	for (int i = -2; i < 16 && PASSED(_metadata); i++) {
 		open_reader(_metadata);
 		race_of(read_map, i < 0 ? NULL : close_everything);
 		EXPECT_ALLOWED(t.result, 0);
@@ -1295,7 +1295,7 @@ TEST_F(race, mmap_and_close)
 	int mapped = 0, refused = 0;
 
 	start_rival(_metadata);
-	for (int i = -2; (i % 6 || goes_on(i, 60, mapped && refused)) && _metadata->passed; i++) {
+	for (int i = -2; (i % 6 || goes_on(i, 60, mapped && refused)) && PASSED(_metadata); i++) {
 		/* The memory stays the same for some rounds: only the buffer is at risk. */
 		if (i < 0 || i % 6 == 0)
 			open_round(_metadata, t.size);
@@ -1338,7 +1338,7 @@ TEST_F(race, create_and_close_of_what_it_returns)
 	int closed = 0;
 
 	calibrate(_metadata, t.size);
-	for (int i = 0; goes_on(i, 16, closed) && _metadata->passed; i++) {
+	for (int i = 0; goes_on(i, 16, closed) && PASSED(_metadata); i++) {
 		open_round(_metadata, t.size);
 		guess = dup(t.memfd);
 		close(guess);
@@ -1498,7 +1498,7 @@ TEST_F(race, create_and_kill)
 	if (t.kind->pool)
 		write_number(POOL_2M "nr_hugepages", pool + 2 * KILL_SIZE / HUGE);
 	t.before = read_books();
-	for (int i = 0; i < 3 && _metadata->passed; i++) {
+	for (int i = 0; i < 3 && PASSED(_metadata); i++) {
 		t.memfd = new_memfd(t.kind, KILL_SIZE);
 		ASSERT_EQ(0, fstat(t.memfd, &before));
 		left = kill_in_the_middle(_metadata, &before);
