@@ -3,23 +3,25 @@
 
 KERNEL ?= patched
 HUGETLB ?= on
-export BASE HUGETLB CONFIG
+export BASE VERSION HUGETLB CONFIG
 
 help:
 	@sed -n 's/^#:: //p' Makefile
 
-#:: make tree     linux/: the base with one commit per patch (BASE=VERSION chooses the base)
-#:: make series   write the commits of linux/ back to patches/6.1/
-#:: make build    build the kernel into build/$KERNEL
+#:: make tree     linux/BASE: the base with one commit per patch (VERSION= chooses its version)
+#:: make series   write the commits of linux/BASE back to patches/BASE
+#:: make build    build the kernel into build/BASE/$KERNEL
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     what must hold before a change lands
 #:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
 #:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
-#:: make dist     the series, cover letter and documentation as one tarball in out/dist
-#:: make deb      Debian packages in out/deb, configured as your kernel is (or CONFIG=FILE)
+#:: make dist     the series, cover letter and documentation as one tarball in out/BASE/dist
+#:: make deb      Debian packages in out/BASE/deb, configured as your kernel is (or CONFIG=FILE)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
+#:: BASE=6.1 (default), BASE=6.12 or BASE=7.3 goes with all of them but bench and clean; without it,
+#:: make test and make test-all do all that tests/fails-on-stock has.
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
 #:: (with everything that kernels check about themselves) goes with build and shell;
 #:: KERNEL=stock with demo too.
@@ -34,7 +36,7 @@ build: tree
 	@tools/build $(KERNEL)
 
 shell: build
-	@tools/boot $(KERNEL) out/shell
+	@tools/boot $(KERNEL) out/$${BASE:-6.1}/shell
 
 demo: build
 	@demo/run $(KERNEL)
@@ -44,7 +46,8 @@ test:
 
 test-all:
 	@tests/run shell series dist apply patches selftest promises gup stock examples demo \
-		stock-promises gup-all docs debug mutants odd deb; rc=$$?; tests/table && exit $$rc
+		stock-promises gup-all docs debug mutants odd deb; rc=$$?; \
+	for base in $${BASE:-$$(ls tests/fails-on-stock)}; do BASE=$$base tests/table; done && exit $$rc
 
 bench: tree
 	@tools/deps bench

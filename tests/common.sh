@@ -3,7 +3,7 @@
 # Sourced by the suites.
 . "$(dirname "${BASH_SOURCE[0]}")/../tools/common.sh"
 
-work=$top/build/tests
+work=$build/tests
 mkdir -p "$work"
 
 # result STATUS NAME [FILE]: one result line; when it failed, FILE tells why.
@@ -29,7 +29,7 @@ check()
 have_patches()
 {
 	[ -n "$(list_patches)" ] || {
-		echo "not ok patches/6.1 holds no patch"
+		echo "not ok patches/$base holds no patch"
 		exit 1
 	}
 }
@@ -64,7 +64,7 @@ ktap_results()
 }
 
 # run_program KERNEL OUT PROGRAM: the results of a kselftest program, a path in the checkout, on
-# the kernel of build/KERNEL.
+# the kernel of build/BASE/KERNEL.
 run_program()
 {
 	local kernel=$1 out=$2 rc=0
@@ -80,7 +80,7 @@ run_program()
 run_selftest()
 {
 	MEM=${MEM:-8192} APPEND=${APPEND-hugepagesz=1G hugepages=3 swiotlb=force} \
-		run_program "$1" "$top/out/selftest-$1" build/patched/selftests/drivers/dma-buf/udmabuf
+		run_program "$1" "$output/selftest-$1" "build/$base/patched/selftests/drivers/dma-buf/udmabuf"
 }
 
 # machines PROGRAM: the names of the machines on which a program of vm/promises runs; none, if it
@@ -110,14 +110,14 @@ run_promises()
 	local kernel=$1 names=("${@:2}") name program all=() runs
 	[ ${#names[@]} -gt 0 ] ||
 		mapfile -t names < <(find "$top/vm/promises" -name '*.c' -printf '%s %p\n' | sort -rn | cut -d' ' -f2-)
-	mkdir -p "$work/promises-$kernel" "$top/out/promises-$kernel"
-	[ ! -e "$top/build/$kernel/edu/edu.ko" ] ||
-		cp "$top/build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
+	mkdir -p "$work/promises-$kernel" "$output/promises-$kernel"
+	[ ! -e "$build/$kernel/edu/edu.ko" ] ||
+		cp "$build/$kernel/edu/edu.ko" "$work/promises-$kernel/"
 	for name in "${names[@]}"; do
 		name=$(basename "$name" .c)
 		program=${name%%.*}
-		gcc -O2 -Wall -Wextra -Wno-unused-parameter -pthread -isystem "$top/build/patched/usr/include" \
-			-isystem "$top/linux/tools/testing/selftests" -I"$top/linux" \
+		gcc -O2 -Wall -Wextra -Wno-unused-parameter -pthread -isystem "$build/patched/usr/include" \
+			-isystem "$tree/tools/testing/selftests" -I"$tree" \
 			-o "$work/promises-$kernel/$program" "$top/vm/promises/$program.c" || {
 			echo "not ok $program compiles"
 			continue
@@ -136,12 +136,12 @@ run_promises()
 # run_promise KERNEL PROGRAM[.MACHINE]: one of them, compiled by now. Its results come all at once.
 run_promise()
 {
-	local kernel=$1 run=$2 program=${2%%.*} machine results=$top/out/promises-$1/$2.results line
+	local kernel=$1 run=$2 program=${2%%.*} machine results=$output/promises-$1/$2.results line
 	machine=${run#"$program"}
 	while read -r line; do
 		eval "export $line"
 	done < <(sed -nE "s/^ \* VM( ${machine#.})?: //p" "$top/vm/promises/$program.c")
-	run_program "$kernel" "$top/out/promises-$kernel/$run" "build/tests/promises-$kernel/$program" |
+	run_program "$kernel" "$output/promises-$kernel/$run" "build/$base/tests/promises-$kernel/$program" |
 		sed -E "s/^((not )?ok )/\1$run./" >"$results"
 	flock "$work/promises-$kernel" cat "$results"
 }
@@ -153,7 +153,7 @@ fails_on_stock()
 	local often pattern
 	awk -v suite="$1" '
 	/^[^\t#]/ { often = /^by chance:/ ? "chance" : "always" }
-	/^\t/ && $1 == suite { print often, $2 }' "$top/tests/fails-on-stock" |
+	/^\t/ && $1 == suite { print often, $2 }' "$top/tests/fails-on-stock/$base" |
 		(set -f; while read -r often pattern; do eval "printf '$often %s\n' $pattern"; done)
 }
 
@@ -162,7 +162,7 @@ fails_on_stock()
 expect_failures()
 {
 	awk '
-	NR == FNR {
+	FILENAME == ARGV[1] {
 		chance[++n] = $1 == "chance"
 		text[n] = re = $2
 		gsub(/\./, "[.]", re)

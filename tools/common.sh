@@ -11,9 +11,30 @@ unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE MAKEFLAGS MAKELEVEL MFLAGS
 # shellcheck disable=SC2034 # used by those who source this file
 me=${0##*/}
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/udmabuf-series
+
+say() { printf '%s\n' "$me: $*" >&2; }
+die() { say "$*"; exit 1; }
+
 # shellcheck disable=SC2034
-tree=$top/linux patches=$top/patches/6.1
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/udmabuf-series
+
+# choose_base BASE: what the scripts have to know about it, see patches/bases. All git trees are
+# worktrees of one object store; there, a base is a tag, and its series a branch.
+# shellcheck disable=SC2034
+choose_base()
+{
+	base=$1
+	read -r _ package suite selftests prefix options < <(grep -E "^${base//./\\.} " "$top/patches/bases") ||
+		die "there is no base '$base': choose $(list_bases | paste -sd'|')"
+	tree=$top/linux/$base build=$top/build/$base output=$top/out/$base patches=$top/patches/$base
+	store=$top/linux/store.git
+	tag=base-$base branch=series-$base stamp=$store/series-stamp-$base
+}
+
+# list_bases: those that patches/bases has.
+list_bases() { awk '/^[0-9]/ { print $1 }' "$top/patches/bases"; }
+
+choose_base "${BASE:-6.1}"
 
 # What the kernel says when something is wrong with it, lockdep and KASAN included.
 # shellcheck disable=SC2034
@@ -21,9 +42,6 @@ kernel_bug='WARNING: |BUG: |kernel BUG at|Oops|KASAN|UBSAN|KFENCE|Call Trace|gen
 kernel_bug+='|possible (recursive|circular|irq lock)|inconsistent lock|suspicious RCU|DEBUG_LOCKS'
 kernel_bug+='|Bad (page|rss|swap)|bad (pmd|pud|pgd)|corrupt|INFO: .*(stall|blocked|hung)|refcount_t'
 kernel_bug+='|unable to handle|sleeping function|suspected memory leak|Underflow|nobody cared'
-
-say() { printf '%s\n' "$me: $*" >&2; }
-die() { say "$*"; exit 1; }
 
 case $top in
 *[[:space:]:]*) die "the kernel cannot be built under '$top': move the checkout to a path without spaces and colons" ;;
@@ -41,7 +59,7 @@ need_space()
 # The patches of the series, in order.
 list_patches()
 {
-	find "$patches" -maxdepth 1 -name '[0-9]*.patch' | sort
+	[ ! -e "$patches" ] || find "$patches" -maxdepth 1 -name '[0-9]*.patch' | sort
 }
 
 patches_hash()
@@ -87,16 +105,16 @@ plain_git()
 	GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 git "$@"
 }
 
-# apply_series REPO DIR: a new worktree DIR of REPO's tag "base", reduced to the files
+# apply_series REPO TAG DIR: a new worktree DIR of that tag of REPO, reduced to the files
 # that the series touches, with one commit per patch on top. On failure DIR is gone
 # again. The commits depend on nothing but the base, the patches and the committer.
 apply_series()
 {
-	local repo=$1 dir=$2 list bad
+	local repo=$1 tag=$2 dir=$3 list bad
 	mapfile -t list < <(list_patches)
 	rm -rf "$dir"
 	git -C "$repo" worktree prune
-	git -C "$repo" worktree add -q --detach --no-checkout "$dir" base
+	git -C "$repo" worktree add -q --detach --no-checkout "$dir" "$tag"
 	touched_files | git -C "$dir" sparse-checkout set --no-cone --stdin
 	git -C "$dir" read-tree -mu HEAD
 	[ ${#list[@]} -gt 0 ] || return 0
@@ -111,7 +129,7 @@ apply_series()
 		git -C "$dir" am --abort || true
 		git -C "$repo" worktree remove --force "$dir"
 		rm -f "$dir.log"
-		die "'${bad:-a patch}' does not apply to $(git -C "$repo" log -1 --format=%s base): refresh it there, or choose another base with BASE=VERSION"
+		die "'${bad:-a patch}' does not apply to $(git -C "$repo" log -1 --format=%s "$tag"): refresh it there, or choose another version with VERSION="
 	}
 	rm -f "$dir.log"
 }

@@ -34,7 +34,7 @@
 #include <linux/memfd.h>
 #include <linux/udmabuf.h>
 
-#include "../linux/mm/gup_test.h"
+#include "gup_test.h"	/* of the patched tree: mm/ */
 
 #define KIB 1024UL
 #define MIB (1024 * KIB)
