@@ -20,8 +20,8 @@ help:
 #:: make deb      Debian packages in out/BASE/deb, configured as your kernel is (or CONFIG=FILE)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
-#:: BASE=6.1 (default), BASE=6.12 or BASE=7.3 goes with all of them but bench and clean; without it,
-#:: make test and make test-all do all that tests/fails-on-stock has.
+#:: BASE= says which of patches/bases they are about, 6.1 by default; bench and clean have no such
+#:: choice. Without it, make test and make test-all do all that tests/fails-on-stock has.
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
 #:: (with everything that kernels check about themselves) goes with build and shell;
 #:: KERNEL=stock with demo too.
