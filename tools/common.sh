@@ -24,7 +24,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/udmabuf-series
 choose_base()
 {
 	base=$1
-	read -r _ package suite selftests prefix options < <(grep -E "^${base//./\\.} " "$top/patches/bases") ||
+	read -r _ package suite selftests prefix lacks options < <(grep -E "^${base//./\\.} " "$top/patches/bases") ||
 		die "there is no base '$base': choose $(list_bases | paste -sd'|')"
 	tree=$top/linux/$base build=$top/build/$base output=$top/out/$base patches=$top/patches/$base
 	store=$top/linux/store.git
@@ -89,6 +89,19 @@ kmake()
 		KBUILD_BUILD_USER=udmabuf KBUILD_BUILD_HOST=series \
 		make -C "$src" O="$obj" CC="ccache $cc" \
 		KCFLAGS="-fmacro-prefix-map=$(realpath --relative-to="$obj" "$src")/=" AFLAGS_piggy.o=-save-temps=obj "$@"
+}
+
+# configuration FRAGMENT...: what they say together, where a later line for the same option wins, in
+# the options that the base has: see patches/bases.
+configuration()
+{
+	local added changed
+	added=$(tr , '\n' <<<"$options" | sed -nE 's/^\+(.+)/CONFIG_\1=y/p')
+	changed=$(tr , '\n' <<<"$options" |
+		sed -nE 's/^-(.+)/\/CONFIG_\1=\/d/p; s/(.+)=(.+)/s@CONFIG_\1\\b@CONFIG_\2@/p')
+	awk '/^(# )?CONFIG_/ { option = $1 == "#" ? $2 : $1; sub("=.*", "", option); line[option] = $0 }
+		END { for (option in line) print line[option] }' <(echo "$added") "$@" |
+		sed -E "$changed" | sort
 }
 
 # build_edu SRC OBJ: the module of vm/edu for the kernel built in OBJ, as OBJ/edu/edu.ko.

@@ -18,8 +18,15 @@
 #include <linux/pci.h>
 #include <linux/scatterlist.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 
 #include "edu.h"
+
+/* 6.1 takes the reservation lock itself. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+#define dma_buf_map_attachment_unlocked dma_buf_map_attachment
+#define dma_buf_unmap_attachment_unlocked dma_buf_unmap_attachment
+#endif
 
 static bool noncoherent;
 module_param(noncoherent, bool, 0444);
@@ -186,7 +193,7 @@ static int edu_map(struct edu *edu, struct edu_map __user *user)
 		return -EFAULT;
 	if (arg.direction > DMA_FROM_DEVICE)
 		return -EINVAL;
-	edu->sgt = dma_buf_map_attachment(edu->attachment, arg.direction);
+	edu->sgt = dma_buf_map_attachment_unlocked(edu->attachment, arg.direction);
 	if (IS_ERR(edu->sgt)) {
 		i = PTR_ERR(edu->sgt);
 		edu->sgt = NULL;
@@ -208,7 +215,7 @@ static int edu_unmap(struct edu *edu)
 {
 	if (!edu->sgt)
 		return -EINVAL;
-	dma_buf_unmap_attachment(edu->attachment, edu->sgt, edu->direction);
+	dma_buf_unmap_attachment_unlocked(edu->attachment, edu->sgt, edu->direction);
 	edu->sgt = NULL;
 	return 0;
 }
@@ -414,4 +421,5 @@ module_pci_driver(edu_driver);
 
 MODULE_DESCRIPTION("QEMU's edu device as an importer of dma-bufs");
 MODULE_LICENSE("GPL");
-MODULE_IMPORT_NS(DMA_BUF);
+/* The argument of MODULE_IMPORT_NS() became a string in 6.13. */
+MODULE_INFO(import_ns, "DMA_BUF");
