@@ -63,6 +63,29 @@ ktap_results()
 	}' "$2"
 }
 
+# needs WHAT: skips the suite if the series lacks that.
+needs()
+{
+	[[ ,$lacks, != *,$1,* ]] || {
+		echo "ok all of it # SKIP Needs: $1"
+		exit
+	}
+}
+
+# allow_needs KERNEL: what a case needs and the kernel lacks makes it skip ("Needs: WHAT"). The
+# series may lack what patches/bases says, the base anything.
+allow_needs()
+{
+	local may=$lacks
+	[ "$1" != stock ] || may=all
+	awk -v may=",$may," '
+	match($0, /# SKIP Needs: [^ ]+/) {
+		what = substr($0, RSTART + 14, RLENGTH - 14)
+		if (may != ",all," && !index(may, "," what ",")) { print "not " $0; next }
+	}
+	{ print }'
+}
+
 # run_program KERNEL OUT PROGRAM: the results of a kselftest program, a path in the checkout, on
 # the kernel of build/BASE/KERNEL.
 run_program()
@@ -71,7 +94,7 @@ run_program()
 	rm -rf "$out"
 	mkdir -p "$out"
 	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" >"$out/ktap" || rc=$?
-	ktap_results $rc "$out/ktap"
+	ktap_results $rc "$out/ktap" | allow_needs "$kernel"
 }
 
 # run_selftest KERNEL: the kselftest of udmabuf that the series carries. With swiotlb=force, the DMA

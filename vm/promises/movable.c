@@ -416,6 +416,8 @@ TEST_F(movable, trace_counts_what_moved)
 	int buffer, second;
 	long migrated;
 
+	if (!has_event("memfd/memfd_pin_folios"))
+		SKIP(return, "Needs: traces");
 	ASSERT_TRUE(start_trace("memfd/memfd_pin_folios", 0));
 	fill_in_zone(_metadata);
 	buffer = create(t.memfd, first * PAGE, n * PAGE);

@@ -10,19 +10,35 @@
 #define TRACING "/sys/kernel/tracing/"
 #define TRACE TRACING "instances/promise/"
 
-/* Is @event, "SYSTEM/NAME", traced from now on? Of one process, or with @pid 0 of all. */
-static inline bool start_trace(const char *event, pid_t pid)
+/* Does the kernel have @event, "SYSTEM/NAME"? */
+static inline bool has_event(const char *event)
 {
 	char path[128];
 
 	if (access(TRACING "events", F_OK))
 		mount("none", TRACING, "tracefs", 0, NULL);
+	snprintf(path, sizeof(path), TRACING "events/%s", event);
+	return !access(path, F_OK);
+}
+
+static inline bool also_trace(const char *event)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), TRACE "events/%s/enable", event);
+	return write_file(path, "1");
+}
+
+/* Is @event traced from now on? Of one process, or with @pid 0 of all. */
+static inline bool start_trace(const char *event, pid_t pid)
+{
+	if (!has_event(event))
+		return false;
 	/* There, if another case has failed. */
 	rmdir(TRACE);
 	if (mkdir(TRACE, 0700) || (pid && !write_number(TRACE "set_event_pid", pid)))
 		return false;
-	snprintf(path, sizeof(path), TRACE "events/%s/enable", event);
-	return write_file(path, "1");
+	return also_trace(event);
 }
 
 static inline void end_trace(void)
