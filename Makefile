@@ -45,7 +45,7 @@ test:
 	@tests/run
 
 test-all:
-	@tests/run shell series dist apply patches selftest promises gup stock examples demo \
+	@tests/run shell series same dist apply patches selftest promises gup stock examples demo \
 		stock-promises gup-all docs debug mutants odd deb; rc=$$?; \
 	for base in $${BASE:-$$(ls tests/fails-on-stock)}; do BASE=$$base tests/table; done && exit $$rc
 
