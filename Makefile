@@ -47,7 +47,7 @@ test:
 test-all:
 	@tests/run shell series same dist apply patches selftest promises gup stock examples demo \
 		stock-promises gup-all docs debug mutants odd deb; rc=$$?; \
-	for base in $${BASE:-$$(ls tests/fails-on-stock)}; do BASE=$$base tests/table; done && exit $$rc
+	tests/table && exit $$rc
 
 bench: tree
 	@tools/deps bench
