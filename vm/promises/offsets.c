@@ -258,6 +258,68 @@ TEST_F(offsets, too_large_in_sum)
 	}
 }
 
+/* Pages that the kernel has allocated since it booted. */
+static long pages_allocated(void)
+{
+	FILE *f = fopen("/proc/vmstat", "re");
+	long pages = 0, more;
+	char line[256];
+
+	while (f && fgets(line, sizeof(line), f))
+		if (sscanf(line, "pgalloc_%*s %ld", &more) == 1)
+			pages += more;
+	if (f)
+		fclose(f);
+	return pages;
+}
+
+/* However large it is, what is no memfd costs nothing. */
+TEST_F(offsets, refused_takes_no_memory)
+{
+	__u64 size = sizeof(long) == 8 ? 64ULL * GIB : GIB;
+	int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	long before = pages_allocated();
+
+	ASSERT_LE(0, fd);
+	ASSERT_LT(0, before);
+	EXPECT_EQ(-EBADFD, create(fd, 0, size));
+	/* 256 MiB, if there are as little as 16 bytes for each page. */
+	EXPECT_GT((long)(32 * MIB / PAGE), pages_allocated() - before);
+	close(fd);
+}
+
+/* A small page has room for a million pins, and for the references of others. */
+TEST_F(offsets, one_page_too_often)
+{
+	static struct udmabuf_create_item items[1024];
+	static int buffers[2100];
+	struct rlimit files = { 4096, 4096 };
+	unsigned int n = 0;
+	char *mem;
+
+	if (self->kind != &shmem)
+		SKIP(return, "a large folio counts its pins apart");
+	ASSERT_EQ(0, ftruncate(self->memfd, PAGE));
+	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &files));
+	mem = view(self->memfd, 0, PAGE);
+	ASSERT_NE(NULL, mem);
+	write_words(mem, 0, PAGE);
+	for (size_t i = 0; i < ARRAY_SIZE(items); i++)
+		items[i] = (struct udmabuf_create_item) { .memfd = self->memfd, .size = PAGE };
+	while (n < ARRAY_SIZE(buffers) - 1 &&
+	       (buffers[n] = create_list(items, ARRAY_SIZE(items))) >= 0)
+		n++;
+	EXPECT_EQ(-ENOMEM, buffers[n]);
+	TH_LOG("%u buffers of %zu times the page", n, ARRAY_SIZE(items));
+	EXPECT_EQ(0, wrong_words(mem, 0, PAGE));
+	while (n)
+		close(buffers[--n]);
+	buffers[0] = create(self->memfd, 0, PAGE);
+	EXPECT_LE(0, buffers[0]);
+	close(buffers[0]);
+	munmap(mem, PAGE);
+}
+
 /* Ranges that lie far apart in the file lie side by side in the buffer. */
 TEST_F(offsets, far_apart_in_a_list)
 {

@@ -686,6 +686,39 @@ TEST_F(race, create_and_shrink)
 	EXPECT_EQ(0, made);
 }
 
+/* Against one who puts a huge page in the place of small ones, which stay where they are pinned */
+
+static void collapse(void)
+{
+	t.result = madvise(t.mem, t.size, 25 /* MADV_COLLAPSE */) ? -errno : 0;
+}
+
+TEST_F(race, create_and_collapse)
+{
+	int collapsed = 0, kept = 0;
+
+	if (t.kind != &shmem)
+		SKIP(return, "its pages are huge as it is");
+	prefer_movable(false);
+	start_rival(_metadata);
+	/* To collapse takes longer than to create, so that is what is timed. */
+	for (int i = -2; goes_on(i, 64, collapsed && kept) && PASSED(_metadata); i++) {
+		open_round(_metadata, t.size);
+		race_of(collapse, i < 0 ? NULL : create_whole);
+		if (i >= 0) {
+			EXPECT_ALLOWED(t.result, 0, -EAGAIN, -EBUSY, -EINVAL);
+			ASSERT_LE(0, t.buffer);
+			check_one_memory(_metadata, t.buffer);
+			*(t.result ? &kept : &collapsed) += 1;
+		}
+		close_round();
+	}
+	end_rival();
+	EXPECT_LT(0, collapsed);
+	EXPECT_LT(0, kept);
+	TH_LOG("%d times collapsed, %d times not", collapsed, kept);
+}
+
 /* Against a second create, on holes that nobody, or a mapping, has reserved */
 
 static void create_second(void)
