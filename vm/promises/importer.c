@@ -21,6 +21,8 @@
 #include "promise.h"
 #include "drm.h"
 
+#include <sys/utsname.h>
+
 /* Two folios of the larger kinds. */
 #define SIZE (2 * HUGE)
 #define PAGES (SIZE / PAGE)
@@ -431,6 +433,13 @@ static int dirty_folios(const char *at, size_t size, int *folios)
 	return dirty;
 }
 
+static bool import_maps_nothing(void)
+{
+	struct utsname kernel;
+
+	return !uname(&kernel) && atoi(kernel.release) >= 7;
+}
+
 /*
  * A device writes without the CPU knowing. vgem has none, so look at what reclaim would look at:
  * whoever maps an attachment from-device leaves all of it dirty.
@@ -449,6 +458,8 @@ TEST_F(importer, attached_is_dirty)
 	ASSERT_LT(0, drm_import(self->vgem, buffer));
 	close(buffer);
 	close(self->vgem);
+	if (!variant->kind->pool && import_maps_nothing())
+		SKIP(return, "vgem of this kernel maps nothing when it imports");
 	EXPECT_EQ(folios, dirty_folios(mem, SIZE, &folios));
 }
 
