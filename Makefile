@@ -21,7 +21,7 @@ help:
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: BASE= says which of patches/bases they are about, 6.1 by default; bench and clean have no such
-#:: choice. Without it, make test and make test-all do all that tests/fails-on-stock has.
+#:: choice. make test and make test-all take several: BASE='6.1 7.3'.
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
 #:: (with everything that kernels check about themselves) goes with build and shell;
 #:: KERNEL=stock with demo too.
