@@ -31,6 +31,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -86,6 +87,17 @@ static const struct kind hugetlb __attribute__((unused)) = {
 	.name = "hugetlb", .page = HUGE, .memfd_flags = MFD_HUGETLB | MFD_HUGE_2MB,
 	.thp = "never", .pool = POOL_2M,
 };
+
+/* Is this kernel Linux @major.@minor or later? For what bases do in different ways, and rightly so. */
+static inline bool kernel_is(int major, int minor)
+{
+	struct utsname name;
+	int is[2] = { 0, 0 };
+
+	if (!uname(&name))
+		sscanf(name.release, "%d.%d", &is[0], &is[1]);
+	return is[0] > major || (is[0] == major && is[1] >= minor);
+}
 
 /* Files that hold one line */
 
