@@ -14,14 +14,14 @@ help:
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     what must hold before a change lands
-#:: make test-all the same, and what takes hours: a debug kernel, odd kernels, broken kernels
+#:: make test-all the same, and what takes hours: the base's faults, a debug kernel, odd kernels, broken kernels
 #:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
 #:: make dist     the series, cover letter and documentation as one tarball in out/BASE/dist
 #:: make deb      Debian packages in out/BASE/deb, configured as your kernel is (or CONFIG=FILE)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work
 #::
 #:: BASE= says which of patches/bases they are about, 6.1 by default; bench and clean have no such
-#:: choice. make test and make test-all take several: BASE='6.1 7.3'.
+#:: choice. make test and make test-all are about all, or those named: BASE='6.1 7.3'.
 #:: KERNEL=patched (default), KERNEL=stock (the base without the series) or KERNEL=debug
 #:: (with everything that kernels check about themselves) goes with build and shell;
 #:: KERNEL=stock with demo too.
@@ -45,8 +45,8 @@ test:
 	@tests/run
 
 test-all:
-	@tests/run shell series same dist apply patches selftest promises gup stock examples demo \
-		stock-promises gup-all docs debug mutants odd deb; rc=$$?; \
+	@tests/run shell series same dist apply patches selftest promises gup examples demo \
+		stock stock-promises own gup-all docs debug mutants odd deb; rc=$$?; \
 	tests/table && exit $$rc
 
 bench: tree

@@ -95,8 +95,9 @@ kmake()
 # the options that the base has: see patches/bases.
 configuration()
 {
-	local added changed
-	added=$(tr , '\n' <<<"$options" | sed -nE 's/^\+(.+)/CONFIG_\1=y/p')
+	local added='' changed
+	[ "${1##*/}" != small.config ] ||
+		added=$(tr , '\n' <<<"$options" | sed -nE 's/^\+(.+)/CONFIG_\1=y/p')
 	changed=$(tr , '\n' <<<"$options" |
 		sed -nE 's/^-(.+)/\/CONFIG_\1=\/d/p; s/(.+)=(.+)/s@CONFIG_\1\\b@CONFIG_\2@/p')
 	awk '/^(# )?CONFIG_/ { option = $1 == "#" ? $2 : $1; sub("=.*", "", option); line[option] = $0 }

@@ -157,27 +157,31 @@ static int edu_attach(struct edu *edu, const struct edu_attach *arg)
 
 	if (edu->attachment)
 		return -EBUSY;
+	/* With its mask, a device gets to know whether it has to be synced. */
+	edu->dma_ops = get_dma_ops(dev);
+	if (noncoherent)
+		set_dma_ops(dev, &edu_dma_ops);
 	ret = dma_set_mask(dev, DMA_BIT_MASK(arg->mask_bits ?: 64));
 	if (ret)
-		return ret;
+		goto err;
 	dma_set_max_seg_size(dev, arg->max_segment ?: SZ_64K);
 	dma_set_seg_boundary(dev, arg->boundary ?: DMA_BIT_MASK(32));
 	edu->pdev->untrusted = arg->untrusted;
 
 	buf = dma_buf_get(arg->buffer);
-	if (IS_ERR(buf))
-		return PTR_ERR(buf);
-	edu->attachment = dma_buf_attach(buf, dev);
-	if (IS_ERR(edu->attachment)) {
-		ret = PTR_ERR(edu->attachment);
-		edu->attachment = NULL;
-		dma_buf_put(buf);
-		return ret;
+	if (IS_ERR(buf)) {
+		ret = PTR_ERR(buf);
+		goto err;
 	}
-	edu->dma_ops = get_dma_ops(dev);
-	if (noncoherent)
-		set_dma_ops(dev, &edu_dma_ops);
-	return 0;
+	edu->attachment = dma_buf_attach(buf, dev);
+	if (!IS_ERR(edu->attachment))
+		return 0;
+	ret = PTR_ERR(edu->attachment);
+	edu->attachment = NULL;
+	dma_buf_put(buf);
+err:
+	set_dma_ops(dev, edu->dma_ops);
+	return ret;
 }
 
 static int edu_map(struct edu *edu, struct edu_map __user *user)

@@ -632,6 +632,49 @@ TEST_F(movable, hole)
 	check_buffer(_metadata, buffer, 0, t.pages, 1000);
 }
 
+/* The pool has only pages of the zone left: the hole gets one of them, which then moves out. */
+TEST(hole_of_hugetlb_while_only_the_zone_has_free_pages)
+{
+	const size_t size = POOL_PAGES * HUGE;
+	long in_zone = 0;
+	int others, buffer;
+	char *map;
+
+	start_case(_metadata, &hugetlb);
+	/* Mapping it has reserved pages. */
+	munmap(t.mem, t.size);
+	close(t.memfd);
+	t.memfd = new_memfd(&hugetlb, t.size);
+	others = new_memfd(&hugetlb, size);
+	ASSERT_LE(0, others);
+	map = map_fd(others, size, PROT_READ | PROT_WRITE);
+	ASSERT_NE(NULL, map);
+	for (size_t at = 0; at < size; at += HUGE)
+		map[at] = 1;
+	ASSERT_EQ(0, pool_value(POOL_2M, "free_hugepages"));
+	for (size_t at = 0; at < size; at += HUGE) {
+		__u64 pfn = pfn_of(map + at);
+
+		if (!pfns_in(zone, &pfn, 1))
+			continue;
+		ASSERT_EQ(0, fallocate(others, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, HUGE));
+		in_zone++;
+	}
+	ASSERT_LE((long)(t.size / HUGE), in_zone);
+	EXPECT_EQ(in_zone, pool_value(POOL_2M, "free_hugepages"));
+
+	buffer = create(t.memfd, 0, t.size);
+	EXPECT_LE(0, buffer);
+	t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
+	if (buffer >= 0 && t.mem) {
+		fill(t.mem, 0, t.pages, 1000);
+		check_buffer(_metadata, buffer, 0, t.pages, 1000);
+	}
+	munmap(map, size);
+	close(others);
+	end_case(_metadata);
+}
+
 /* Every other folio is there, and in the zone. */
 TEST_F(movable, every_other_folio)
 {

@@ -288,6 +288,20 @@ TEST_F(offsets, refused_takes_no_memory)
 	close(fd);
 }
 
+/* Nor does it make the kernel warn of an allocation that no one should ask for. */
+TEST(refused_without_a_warning)
+{
+	int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	if (sizeof(long) == 4)
+		SKIP(return, "no buffer is so large on a 32-bit kernel");
+	ASSERT_LE(0, fd);
+	quiet_kernel();
+	EXPECT_EQ(-EBADFD, create(fd, 0, 1024ULL * GIB));
+	EXPECT_EQ(0, complaints());
+	close(fd);
+}
+
 /* A small page has room for a million pins, and for the references of others. */
 TEST_F(offsets, one_page_too_often)
 {
