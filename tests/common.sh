@@ -36,7 +36,8 @@ have_patches()
 
 # ktap_results RC FILE: what a kselftest program said, as one line per case, "ok NAME", "not ok
 # NAME" or "ok NAME # SKIP reason", and one for the accounting. RC is the status that the machine
-# ended with. A case during which the kernel died has failed.
+# ended with. A case during which the kernel died has failed; what it said in its log is a failure of
+# its own.
 ktap_results()
 {
 	local rc=$1
@@ -59,6 +60,7 @@ ktap_results()
 		if (running) print "not ok " name " # the kernel died"
 		if (!plan) print "not ok the program gave no plan: see ktap"
 		else if (seen != plan) print "not ok all " plan " cases ran: " seen + 0 " did"
+		if (rc == 99) print "not ok the-kernel-complained"
 		else if (rc && !bad) print "not ok the VM ended with status " rc
 	}' "$2"
 }

@@ -157,7 +157,7 @@ static int edu_attach(struct edu *edu, const struct edu_attach *arg)
 
 	if (edu->attachment)
 		return -EBUSY;
-	/* With its mask, a device gets to know whether it has to be synced. */
+	/* dma_set_mask() decides by the ops of that time whether syncs of the device are skipped. */
 	edu->dma_ops = get_dma_ops(dev);
 	if (noncoherent)
 		set_dma_ops(dev, &edu_dma_ops);

@@ -63,13 +63,25 @@ static void release_lock(struct __test_metadata *_metadata)
 	close(t.uffd);
 }
 
-/* A task that ends with the errno of a create. */
-static pid_t start_create(int fd)
+/* A task that ends with the errno of a create: a page of @first, which nobody holds up, and one of @fd. */
+static pid_t start_create(int first, int fd)
+{
+	struct udmabuf_create_item items[] = {
+		{ .memfd = first, .size = PAGE }, { .memfd = fd, .size = PAGE },
+	};
+	pid_t pid = fork();
+
+	if (!pid)
+		_exit(-create_list(items, 2));
+	return pid;
+}
+
+static pid_t start_write(int fd)
 {
 	pid_t pid = fork();
 
 	if (!pid)
-		_exit(-create(fd, 0, PAGE));
+		_exit(pwrite(fd, "", 1, 0) != 1);
 	return pid;
 }
 
@@ -97,7 +109,7 @@ static char state_of(pid_t pid)
 	return state;
 }
 
-/* Not for a moment, as many do, but in a hundred looks. */
+/* Asleep in the kernel for a second on end: any task can be for a moment. */
 static bool waits(pid_t pid)
 {
 	int looks = 0;
@@ -112,13 +124,16 @@ static bool waits(pid_t pid)
 TEST(locked_file_of_another_kind_is_refused)
 {
 	char path[] = "/tmp/promise-XXXXXX";
-	int fd = mkstemp(path), status = 0;
-	pid_t pid;
+	int fd = mkstemp(path), memfd = new_memfd(&shmem, PAGE), status = 0;
+	pid_t pid, other;
 
 	ASSERT_LE(0, fd);
+	ASSERT_LE(0, memfd);
 	unlink(path);
 	hold_lock(_metadata, fd);
-	pid = start_create(fd);
+	other = start_write(fd);
+	EXPECT_TRUE(waits(other)) TH_LOG("the file system holds no lock meanwhile");
+	pid = start_create(memfd, fd);
 	ASSERT_LT(0, pid);
 	EXPECT_TRUE(has_ended(pid, &status)) {
 		kill(pid, SIGKILL);
@@ -129,19 +144,22 @@ TEST(locked_file_of_another_kind_is_refused)
 	}
 	EXPECT_EQ(EBADFD, WEXITSTATUS(status));
 	release_lock(_metadata);
+	waitpid(other, &status, 0);
 	close(fd);
+	close(memfd);
 }
 
 TEST(waiting_for_a_locked_memfd_can_be_killed)
 {
-	int status = 0;
+	int free_one, status = 0;
 	pid_t pid;
 
 	t.before = read_books();
+	free_one = new_memfd(&shmem, PAGE);
 	t.file = new_memfd(&shmem, PAGE);
 	ASSERT_LE(0, t.file);
 	hold_lock(_metadata, t.file);
-	pid = start_create(t.file);
+	pid = start_create(free_one, t.file);
 	ASSERT_LT(0, pid);
 	EXPECT_TRUE(waits(pid));
 	kill(pid, SIGKILL);
@@ -151,8 +169,10 @@ TEST(waiting_for_a_locked_memfd_can_be_killed)
 		return;
 	}
 	EXPECT_TRUE(WIFSIGNALED(status));
+	EXPECT_EQ(t.before.pins, pins());
 	release_lock(_metadata);
 	close(t.file);
+	close(free_one);
 	EXPECT_SAME_BOOKS(t.before);
 }
 
