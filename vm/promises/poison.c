@@ -13,13 +13,10 @@
  * VM: MEM=2048 SMP=2
  */
 
-#include "promise.h"
-
-#include <setjmp.h>
+#include "bad_page.h"
 
 #define SIZE (4 * HUGE)
 #define PAGES (SIZE / PAGE)
-#define UNPOISON "/sys/kernel/debug/hwpoison/unpoison-pfn"
 #define BAD 700			/* the page that fails, in the second huge page */
 
 static struct {
@@ -29,29 +26,6 @@ static struct {
 	char *mem, *map;		/* the memfd's view, and the buffer's */
 	__u64 pfn;			/* of the page that fails */
 } t;
-
-static sigjmp_buf on_sigbus;
-
-static void catch_sigbus(int sig)
-{
-	siglongjmp(on_sigbus, 1);
-}
-
-/*
- * Newer kernels have the task that injects the failure die of it, where they cannot get rid of the
- * page. EBUSY: this one could not either, since the buffer has it.
- */
-static bool inject(char *at)
-{
-	struct sigaction action = { .sa_handler = catch_sigbus };
-	bool injected = true;
-
-	sigaction(SIGBUS, &action, NULL);
-	if (!sigsetjmp(on_sigbus, 1))
-		injected = !madvise(at, PAGE, MADV_HWPOISON) || errno == EBUSY;
-	signal(SIGBUS, SIG_DFL);
-	return injected;
-}
 
 FIXTURE(poison) {
 };

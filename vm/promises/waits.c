@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Promise: a create waits for no lock that a buffer does not need, and a SIGKILL ends it while it
- * waits for one that it does need.
+ * waits for one that it does need. For what cannot come it does not wait at all: memory that has to
+ * move, and cannot, because it has failed.
  *
  * Who is affected otherwise: whoever makes buffers of descriptors that others handed over. The lock
  * of a file is held for as long as its file system likes: a FUSE server that does not answer, or a
  * program that holds back the memory it writes from, and the task hangs, beyond the reach of kill.
+ * Where it holds a lock itself, others hang with it.
  *
  * How it is looked for: a thread writes to the file from memory that userfaultfd holds back, so
  * that it stays in write(), with the lock, until the case lets it go on.
  *
- * VM: MEM=1024 SMP=2
+ * VM: MEM=2048 SMP=2 APPEND="movablecore=1G"
  */
 
 #include <linux/userfaultfd.h>
 
-#include "promise.h"
+#include "bad_page.h"
 
 #define PATIENCE_MS 10000
 
@@ -173,6 +175,39 @@ TEST(waiting_for_a_locked_memfd_can_be_killed)
 	release_lock(_metadata);
 	close(t.file);
 	close(free_one);
+	EXPECT_SAME_BOOKS(t.before);
+}
+
+/* The last case: a kernel that fails it goes on for ever, with a CPU and the lock of the file. */
+TEST(memory_that_has_to_move_and_cannot_is_refused)
+{
+	int memfd, free_one, status = 0;
+	__u64 pfn;
+	pid_t pid;
+	char *mem;
+
+	t.before = read_books();
+	free_one = new_memfd(&shmem, PAGE);
+	memfd = new_memfd(&shmem, HUGE);
+	ASSERT_LE(0, memfd);
+	mem = map_fd(memfd, HUGE, PROT_READ | PROT_WRITE);
+	ASSERT_NE(NULL, mem);
+	fill(mem, 0, HUGE / PAGE, 1000);
+	ASSERT_EQ((long)(HUGE / PAGE), pages_in(zone_movable(), mem, HUGE));
+	pfn = pfn_of(mem);
+	ASSERT_TRUE(inject(mem));
+	pid = start_create(free_one, memfd);
+	ASSERT_LT(0, pid);
+	EXPECT_TRUE(has_ended(pid, &status)) {
+		kill(pid, SIGKILL);
+		TH_LOG("it goes on, and a SIGKILL does %s", has_ended(pid, &status) ? "help" : "not help");
+		return;
+	}
+	EXPECT_EQ(EIO, WEXITSTATUS(status));
+	munmap(mem, HUGE);
+	close(memfd);
+	close(free_one);
+	EXPECT_TRUE(write_number(UNPOISON, pfn));
 	EXPECT_SAME_BOOKS(t.before);
 }
 
