@@ -14,7 +14,7 @@ help:
 #:: make shell    boot it to a prompt
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     what must hold before a change lands
-#:: make test-all the same, and what takes hours: the base's faults, a debug kernel, odd kernels, broken kernels
+#:: make test-all the same, and what takes hours: stock, debug, odd and broken kernels
 #:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
 #:: make dist     the series, cover letter and documentation as one tarball in out/BASE/dist
 #:: make deb      Debian packages in out/BASE/deb, configured as your kernel is (or CONFIG=FILE)

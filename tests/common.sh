@@ -65,6 +65,16 @@ ktap_results()
 	}' "$2"
 }
 
+# scratch_tree DIR: a worktree of linux/BASE where nobody works, at any commit. The first time, it is made.
+scratch_tree()
+{
+	git -C "$1" rev-parse -q --verify HEAD >/dev/null 2>&1 || {
+		rm -rf "$1"
+		git -C "$tree" worktree prune
+		git -C "$tree" worktree add -q -f -f --detach "$1" "$tag"
+	}
+}
+
 # needs WHAT: skips the suite if the series lacks that.
 needs()
 {
@@ -169,6 +179,16 @@ run_promise()
 	run_program "$kernel" "$output/promises-$kernel/$run" "build/$base/tests/promises-$kernel/$program" |
 		sed -E "s/^((not )?ok )/\1$run./" >"$results"
 	flock "$work/promises-$kernel" cat "$results"
+}
+
+# judge_promises KERNEL: all programs of vm/promises, where exactly the cases must fail that
+# tests/not-kept lists.
+judge_promises()
+{
+	local rc=0
+	run_promises "$1" >"$work/promises-$1.all" || rc=$?
+	expect_failures promises "$work/promises-$1.all" not-kept
+	return $rc
 }
 
 # listed_failures SUITE LIST: its patterns in tests/LIST/BASE, one of each that braces stand for, behind

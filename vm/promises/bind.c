@@ -18,12 +18,9 @@
  */
 
 #include "moving.h"
+#include "policy.h"
 
-#define NODES "/sys/devices/system/node/"
-#define MOVABLE_NODE 1
-#define BIND 2				/* MPOL_BIND */
-
-static const unsigned long movable_node = 1UL << MOVABLE_NODE;
+#define MOVABLE_NODE (1UL << 1)
 
 static struct {
 	const struct kind *kind;
@@ -54,17 +51,6 @@ FIXTURE_VARIANT_ADD(bind, shmem_thp_of_task) { .kind = &shmem_thp, .task = true 
 
 FIXTURE_VARIANT_ADD(bind, hugetlb_of_task) { .kind = &hugetlb, .task = true };
 
-static long bind_task(bool bind)
-{
-	return bind ? syscall(SYS_set_mempolicy, BIND, &movable_node, 8 * sizeof(movable_node)) :
-		      syscall(SYS_set_mempolicy, 0, NULL, 0);
-}
-
-static long bind_file(void)
-{
-	return syscall(SYS_mbind, t.mem, t.size, BIND, &movable_node, 8 * sizeof(movable_node), 0);
-}
-
 FIXTURE_SETUP(bind)
 {
 	t.kind = variant->kind;
@@ -80,12 +66,13 @@ FIXTURE_SETUP(bind)
 	ASSERT_LE(0, t.memfd);
 	t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
 	ASSERT_NE(NULL, t.mem);
-	ASSERT_EQ(0, variant->task ? bind_task(true) : bind_file());
+	ASSERT_EQ(0, variant->task ? set_policy_of_task(MPOL_BIND, MOVABLE_NODE) :
+		     set_policy_of_memory(t.mem, t.size, MPOL_BIND, MOVABLE_NODE));
 }
 
 FIXTURE_TEARDOWN(bind)
 {
-	bind_task(false);
+	set_policy_of_task(MPOL_DEFAULT, 0);
 	if (t.mem)
 		munmap(t.mem, t.size);
 	close(t.memfd);

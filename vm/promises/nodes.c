@@ -15,10 +15,7 @@
  */
 
 #include "promise.h"
-
-#define NODES "/sys/devices/system/node/"
-#define BIND 2				/* MPOL_BIND */
-#define MOVE_ALL 4			/* MPOL_MF_MOVE_ALL */
+#include "policy.h"
 
 static struct {
 	const struct kind *kind;
@@ -64,7 +61,6 @@ FIXTURE_TEARDOWN(nodes)
 /* The memfd is bound to the node, and the task, which runs on the other one. */
 static void bind_to(struct __test_metadata *_metadata, int node, bool task)
 {
-	unsigned long mask = 1UL << node;
 	cpu_set_t other;
 
 	CPU_ZERO(&other);
@@ -74,13 +70,13 @@ static void bind_to(struct __test_metadata *_metadata, int node, bool task)
 	ASSERT_LE(0, t.memfd);
 	t.mem = map_fd(t.memfd, t.size, PROT_READ | PROT_WRITE);
 	ASSERT_NE(NULL, t.mem);
-	ASSERT_EQ(0, task ? syscall(SYS_set_mempolicy, BIND, &mask, 8 * sizeof(mask)) :
-			    syscall(SYS_mbind, t.mem, t.size, BIND, &mask, 8 * sizeof(mask), 0));
+	ASSERT_EQ(0, task ? set_policy_of_task(MPOL_BIND, 1UL << node) :
+			    set_policy_of_memory(t.mem, t.size, MPOL_BIND, 1UL << node));
 }
 
 static void unbind(void)
 {
-	syscall(SYS_set_mempolicy, 0, NULL, 0);
+	set_policy_of_task(MPOL_DEFAULT, 0);
 	munmap(t.mem, t.size);
 	close(t.memfd);
 }
@@ -101,7 +97,8 @@ static size_t pages_on(int node, bool move)
 		to[n] = node;
 		status[n] = -1;
 	}
-	if (syscall(SYS_move_pages, 0, n, pages, move ? to : NULL, status, move ? MOVE_ALL : 0) < 0)
+	if (syscall(SYS_move_pages, 0, n, pages, move ? to : NULL, status,
+		    move ? MPOL_MF_MOVE_ALL : 0) < 0)
 		return 0;
 	for (size_t i = 0; i < n; i++)
 		on += status[i] == node ? step / PAGE : 0;

@@ -26,13 +26,13 @@
 
 #include "promise.h"
 #include "drm.h"
+#include "policy.h"
 #include "trace.h"
 
 #include <time.h>
 
 #define SEED 20230611
 
-#define MOVE_PAGES_MOVE 2		/* MPOL_MF_MOVE */
 #define MOST_PAGES (24 * MIB / PAGE)
 
 static struct {
@@ -122,12 +122,10 @@ static long movable_pages(void)
  */
 static void prefer_movable(bool prefer)
 {
-	unsigned long node = 1UL << 1;
-
 	if (prefer)
-		syscall(SYS_set_mempolicy, 1 /* MPOL_PREFERRED */, &node, 8 * sizeof(node));
+		set_policy_of_task(MPOL_PREFERRED, 1UL << 1);
 	else
-		syscall(SYS_set_mempolicy, 0, NULL, 0);
+		set_policy_of_task(MPOL_DEFAULT, 0);
 }
 
 /* Blocks of memory that can be taken offline */
@@ -903,7 +901,7 @@ static long move_all(int node, int *status)
 		at[i] = t.mem + i * PAGE;
 		nodes[i] = node;
 	}
-	return syscall(SYS_move_pages, 0, t.pages, at, nodes, status, MOVE_PAGES_MOVE);
+	return syscall(SYS_move_pages, 0, t.pages, at, nodes, status, MPOL_MF_MOVE);
 }
 
 static void move_between_nodes(void)
