@@ -45,8 +45,8 @@ test:
 	@tests/run
 
 test-all:
-	@tests/run shell series same dist apply patches selftest promises gup examples demo \
-		stock stock-promises own gup-all docs debug mutants odd deb; rc=$$?; \
+	@HUGETLB='off on' tests/run shell series same dist apply patches selftest promises gup examples demo \
+		stock stock-promises gigantic own gup-all docs debug mutants odd deb; rc=$$?; \
 	tests/table && exit $$rc
 
 bench: tree

@@ -22,8 +22,8 @@ check()
 {
 	local name=$1 rc=0
 	shift
-	("$@") >"$work/check.log" 2>&1 || rc=$?
-	result $rc "$name" "$work/check.log"
+	("$@") >"$work/check-$me.log" 2>&1 || rc=$?
+	result $rc "$name" "$work/check-$me.log"
 }
 
 have_patches()

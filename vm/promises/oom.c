@@ -12,7 +12,7 @@
  * OOM killer looks for first. There is no swap. What is short then, the kernel needs for itself,
  * and may kill for: so all is given back before anybody asks for more.
  *
- * VM: MEM=1536 SMP=2 APPEND="movablecore=1216M"
+ * VM: MEM=1536 SMP=2 APPEND="movablecore=1216M" OOM=expected
  */
 
 #include "promise.h"
