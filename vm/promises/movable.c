@@ -721,7 +721,7 @@ TEST_F(movable, while_blocks_come_and_go)
 	long made = 0, busy = 0, in_zone = 0;
 
 	ASSERT_EQ(0, pthread_create(&user.thread, NULL, shuttle, NULL));
-	for (int i = 0; i < 2000 && (i < 10 || user.rounds < 4); i++) {
+	for (int i = 0; i < 2000 && (i < 10 || user.rounds < 4 || !made); i++) {
 		int buffer;
 
 		ASSERT_EQ(0, fallocate(t.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
