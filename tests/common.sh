@@ -36,8 +36,8 @@ have_patches()
 
 # ktap_results RC FILE: what a kselftest program said, as one line per case, "ok NAME", "not ok
 # NAME" or "ok NAME # SKIP reason", and one for the accounting. RC is the status that the machine
-# ended with. A case during which the kernel died has failed; what it said in its log is a failure of
-# its own.
+# ended with, and FILE.boot what tools/boot said of it. A case during which the machine stopped has
+# failed; what the kernel said in its log is a failure of its own.
 ktap_results()
 {
 	local rc=$1
@@ -57,12 +57,13 @@ ktap_results()
 	}
 	/^(not )?ok / { print; bad += $1 == "not" }
 	END {
-		if (running) print "not ok " name " # the kernel died"
+		if (running) print "not ok " name " # the machine stopped"
 		if (!plan) print "not ok the program gave no plan: see ktap"
 		else if (seen != plan) print "not ok all " plan " cases ran: " seen + 0 " did"
 		if (rc == 99) print "not ok the-kernel-complained"
 		else if (rc && !bad) print "not ok the VM ended with status " rc
 	}' "$2"
+	[ "$rc" -eq 0 ] || sed 's/^/#   /' "$2.boot"
 }
 
 # scratch_tree DIR: a worktree of linux/BASE where nobody works, at any commit. The first time, it is made.
@@ -105,7 +106,7 @@ run_program()
 	local kernel=$1 out=$2 rc=0
 	rm -rf "$out"
 	mkdir -p "$out"
-	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" >"$out/ktap" || rc=$?
+	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" >"$out/ktap" 2>"$out/ktap.boot" || rc=$?
 	ktap_results $rc "$out/ktap" | allow_needs "$kernel"
 }
 

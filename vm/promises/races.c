@@ -1636,7 +1636,7 @@ TEST_F(race, list_and_kill)
 	if (!pid)
 		_exit(read(go[0], &c, 1) == 1 && ioctl(t.dev, UDMABUF_CREATE_LIST, list) < 0);
 	ASSERT_TRUE(start_trace("kmem/mm_page_alloc", pid));
-	ASSERT_TRUE(also_trace("filemap/mm_filemap_add_to_page_cache"));
+	ASSERT_TRUE(also_trace("filemap/mm_filemap_add_to_page_cache", pid));
 	go_first(true);
 	ASSERT_EQ(1, write(go[1], "", 1));
 	left = wait_for_items(pid, KILL_AFTER, &before, &status);

@@ -21,24 +21,31 @@ static inline bool has_event(const char *event)
 	return !access(path, F_OK);
 }
 
-static inline bool also_trace(const char *event)
+/*
+ * Is @event traced, too, from now on? Of one thread, or with @pid 0 of all. Not by set_event_pid: with
+ * it, the kernel patches its scheduler while another CPU runs that. QEMU 7.2 then now and then executes
+ * an int3 that is no longer there, and the kernel dies.
+ */
+static inline bool also_trace(const char *event, pid_t pid)
 {
-	char path[128];
+	char path[128], filter[32];
 
+	snprintf(path, sizeof(path), TRACE "events/%s/filter", event);
+	snprintf(filter, sizeof(filter), "common_pid == %d", pid);
+	if (pid && !write_file(path, filter))
+		return false;
 	snprintf(path, sizeof(path), TRACE "events/%s/enable", event);
 	return write_file(path, "1");
 }
 
-/* Is @event traced from now on? Of one process, or with @pid 0 of all. */
+/* The same, and nothing else is. */
 static inline bool start_trace(const char *event, pid_t pid)
 {
 	if (!has_event(event))
 		return false;
 	/* There, if another case has failed. */
 	rmdir(TRACE);
-	if (mkdir(TRACE, 0700) || (pid && !write_number(TRACE "set_event_pid", pid)))
-		return false;
-	return also_trace(event);
+	return !mkdir(TRACE, 0700) && also_trace(event, pid);
 }
 
 static inline void end_trace(void)
