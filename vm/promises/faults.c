@@ -25,7 +25,9 @@
  * buffer, and access by the CPU, also where the DMA API has to do something (swiotlb=force).
  * Debugging of DMA would allocate, and end itself where that fails, so it is off.
  *
- * VM: MEM=4096 SMP=2 APPEND="movablecore=1G swiotlb=force dma_debug=off"
+ * A kernel that checks itself keeps stacks, for which it takes memory now and then: not here.
+ *
+ * VM: MEM=4096 SMP=2 APPEND="movablecore=1G swiotlb=force dma_debug=off stack_depot_disable=on"
  */
 
 #include "promise.h"
