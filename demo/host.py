@@ -81,7 +81,8 @@ def qemu_options():
         if option.startswith("virtio-gpu-pci"):
             options[i] += f",xres={WIDTH},yres={HEIGHT}"
     return options + [
-        "-accel", "tcg", "-cpu", "max", "-no-reboot",
+        # As in tools/boot, or the guest's kernel clears memory byte by byte.
+        "-accel", "tcg", "-cpu", "max,-erms,-fsrm", "-no-reboot",
         "-nodefaults", "-no-user-config", "-display", "none",
         "-kernel", RUN + "/bzImage", "-initrd", RUN + "/initramfs",
         "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",

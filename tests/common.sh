@@ -35,9 +35,10 @@ have_patches()
 }
 
 # ktap_results RC FILE: what a kselftest program said, as one line per case, "ok NAME", "not ok
-# NAME" or "ok NAME # SKIP reason", and one for the accounting. RC is the status that the machine
+# NAME" or "ok NAME # SKIP reason", and those of vm/selftest. RC is the status that the machine
 # ended with, and FILE.boot what tools/boot said of it. A case during which the machine stopped has
-# failed; what the kernel said in its log is a failure of its own.
+# failed; what the kernel said in its log is a failure of its own, and so is an end before the last
+# line of vm/selftest.
 ktap_results()
 {
 	local rc=$1
@@ -55,11 +56,13 @@ ktap_results()
 		bad += $1 == "not"
 		next
 	}
+	/^# vm\/selftest is done$/ { done = 1; next }
 	/^(not )?ok / { print; bad += $1 == "not" }
 	END {
 		if (running) print "not ok " name " # the machine stopped"
 		if (!plan) print "not ok the program gave no plan: see ktap"
 		else if (seen != plan) print "not ok all " plan " cases ran: " seen + 0 " did"
+		if (!done) print "not ok the machine came to its end"
 		if (rc == 99) print "not ok the-kernel-complained"
 		else if (rc && !bad) print "not ok the VM ended with status " rc
 	}' "$2"
@@ -100,13 +103,15 @@ allow_needs()
 }
 
 # run_program KERNEL OUT PROGRAM: the results of a kselftest program, a path in the checkout, on
-# the kernel of build/BASE/KERNEL.
+# the kernel of build/BASE/KERNEL. ARGS are the program's arguments: of a harness, "-f FIXTURE -v VARIANT"
+# leaves only these.
 run_program()
 {
-	local kernel=$1 out=$2 rc=0
+	local kernel=$1 out=$2 rc=0 args
 	rm -rf "$out"
 	mkdir -p "$out"
-	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" >"$out/ktap" 2>"$out/ktap.boot" || rc=$?
+	read -ra args <<<"${ARGS:-}"
+	"$top/tools/boot" "$kernel" "$out" "$top/vm/selftest" "$3" "${args[@]}" >"$out/ktap" 2>"$out/ktap.boot" || rc=$?
 	ktap_results $rc "$out/ktap" | allow_needs "$kernel"
 }
 

@@ -27,11 +27,13 @@
  *
  * A kernel that checks itself keeps stacks, for which it takes memory now and then: not here.
  *
- * VM: MEM=4096 SMP=2 APPEND="movablecore=1G swiotlb=force dma_debug=off stack_depot_disable=on"
+ * VM: MEM=4096 SMP=2 DEVICES=edu
+ * VM: APPEND="movablecore=1G swiotlb=force dma_debug=off stack_depot_disable=on"
  */
 
 #include "promise.h"
 #include "drm.h"
+#include "edu.h"
 
 #define FAILSLAB "/sys/kernel/debug/failslab/"
 #define FAIL_PAGE_ALLOC "/sys/kernel/debug/fail_page_alloc/"
@@ -107,7 +109,7 @@ static bool disarm(void)
 struct stage {
 	const struct kind *kind;
 	size_t size;
-	int dev, vgem;
+	int dev, vgem, edu;
 	struct screen screen;
 	int nr;				/* how many memfds */
 	int memfds[MEMFDS];
@@ -288,7 +290,7 @@ static int run_sync(struct stage *s)
 
 static bool prepare_attached(struct stage *s)
 {
-	return prepare_fresh(s) && drm_import(s->vgem, s->buffer) > 0;
+	return prepare_fresh(s) && !edu_attach_and_map(s->edu, s->buffer, EDU_BIDIRECTIONAL);
 }
 
 static const struct sequence sync_alone = { "sync", prepare_fresh, run_sync };
@@ -323,6 +325,18 @@ static int run_import(struct stage *s)
 }
 
 static const struct sequence import_map = { "import, mmap, touch", prepare_buffer, run_import };
+
+/* attach and map for a device */
+
+static int run_device(struct stage *s)
+{
+	int ret = edu_attach_and_map(s->edu, s->buffer, EDU_BIDIRECTIONAL);
+
+	edu_detach(s->edu);
+	return ret;
+}
+
+static const struct sequence map_for_device = { "map for a device", prepare_buffer, run_device };
 
 /* vmap, through vkms */
 
@@ -360,15 +374,15 @@ static bool prepare_used(struct stage *s)
 		return false;
 	fill(map, 0, s->sizes[0] / PAGE, 0);
 	munmap(map, s->sizes[0]);
-	return !run_sync(s) && drm_import(s->vgem, s->buffer) > 0;
+	return !run_sync(s) && !edu_attach_and_map(s->edu, s->buffer, EDU_BIDIRECTIONAL);
 }
 
 static int run_release(struct stage *s)
 {
 	if (s->buffer >= 0) {
 		close(s->buffer);
-		close(s->vgem);
-		s->buffer = s->vgem = -1;
+		close(s->edu);
+		s->buffer = s->edu = -1;
 	}
 	return 0;
 }
@@ -437,9 +451,9 @@ static bool open_stage(struct stage *s, const struct kind *kind, const struct se
 	*s = (struct stage) {
 		.kind = kind, .buffer = -1, .screen.drm = -1,
 		.dev = open("/dev/udmabuf", O_RDWR | O_CLOEXEC), .vgem = drm_open("vgem", NULL),
-		.movable = zone_movable(),
+		.edu = edu_open(0), .movable = zone_movable(),
 	};
-	return s->dev >= 0 && s->vgem >= 0 && sequence->prepare(s);
+	return s->dev >= 0 && s->vgem >= 0 && s->edu >= 0 && sequence->prepare(s);
 }
 
 /* Ends all but the memory. */
@@ -451,6 +465,8 @@ static void leave_stage(struct stage *s)
 		close(s->buffer);
 	if (s->vgem >= 0)
 		close(s->vgem);
+	if (s->edu >= 0)
+		close(s->edu);
 	close(s->dev);
 }
 
@@ -629,6 +645,7 @@ SWEEP_ALL(create_hole)
 SWEEP_ALL(create_pieces)
 SWEEP_ALL(mmap_touch)
 SWEEP_ALL(import_map)
+SWEEP_ALL(map_for_device)
 SWEEP_VMAP(shmem)
 SWEEP_VMAP(shmem_thp)
 SWEEP_VMAP(hugetlb)
