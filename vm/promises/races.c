@@ -1194,32 +1194,32 @@ static bool wait_for_offlining(pthread_t thread)
 #define OFFLINE_BUFFERS 12
 
 /* In parts, so that the blocks go offline in the middle of it. */
-static int create_while_offlining(struct __test_metadata *_metadata, int *buffers)
+static void create_while_offlining(struct __test_metadata *_metadata, int *buffers, int *refused)
 {
 	struct sigaction action = { .sa_handler = do_nothing };
 	size_t part = t.size / OFFLINE_BUFFERS / t.kind->page * t.kind->page;
 	pthread_t thread;
-	int refused = 0;
 
-	EXPECT_EQ(0, sigaction(SIGUSR1, &action, NULL));
+	*refused = 0;
+	ASSERT_EQ(0, sigaction(SIGUSR1, &action, NULL));
 	atomic_store(&blocks.done, false);
-	EXPECT_EQ(0, pthread_create(&thread, NULL, offline_thread, NULL));
+	ASSERT_EQ(0, pthread_create(&thread, NULL, offline_thread, NULL));
 	for (int i = 0; i < OFFLINE_BUFFERS; i++) {
 		usleep(random() % 20000);
 		buffers[i] = create_at(t.dev, t.memfd, i * part, part);
 		EXPECT_ALLOWED(buffers[i], 0, -ENOMEM);
-		refused += buffers[i] < 0;
+		*refused += buffers[i] < 0;
 	}
 	EXPECT_TRUE(wait_for_offlining(thread))
 		TH_LOG("round %d: offlining does not end", t.round);
 	/* A block may be refused, with this, when it sees a page that is on its way. */
 	EXPECT_ALLOWED(blocks.failed ? blocks.error : 0, 0, -EBUSY);
-	return refused;
 }
 
 TEST_F(race, create_and_offlining)
 {
-	int pool = pool_value(POOL_2M, "nr_hugepages"), buffers[OFFLINE_BUFFERS], offline = 0, refused = 0, refused_now;
+	int pool = pool_value(POOL_2M, "nr_hugepages"), buffers[OFFLINE_BUFFERS], offline = 0;
+	int refused = 0, refused_now;
 
 	find_blocks(movable);
 	ASSERT_LT(0, blocks.n);
@@ -1231,7 +1231,7 @@ TEST_F(race, create_and_offlining)
 		write_number(POOL_2M "nr_hugepages", t.kind->pool ? 2 * t.size / HUGE : 0);
 		open_round(_metadata, t.size);
 		EXPECT_LT(0, movable_pages());
-		refused_now = create_while_offlining(_metadata, buffers);
+		create_while_offlining(_metadata, buffers, &refused_now);
 		offline += blocks.n - blocks.failed;
 		EXPECT_EQ(0, wrong(t.mem, 0, t.pages, t.who));
 		/* What was refused may be anywhere. */
