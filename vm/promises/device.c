@@ -123,7 +123,7 @@ static int attach(unsigned int edu)
 
 static int detach(unsigned int edu)
 {
-	return ioctl(t.edu[edu], EDU_DETACH) ? -errno : 0;
+	return edu_detach(t.edu[edu]);
 }
 
 static int map(unsigned int edu, unsigned int direction)
