@@ -26,9 +26,11 @@ USER = 65534  # nobody, who is in the group that the rule names
 WIDTH, HEIGHT = 1280, 800
 HUGETLB = sys.argv[1] == "on"
 MARK = "demo: starts here"
-# What a kernel says of its clock when the emulator is kept waiting by a busy machine.
-SLOW = re.compile(r"hrtimer: interrupt took")
-BOOT_TIMEOUT = 900
+# What a kernel says of its clock when the emulator is kept waiting by a busy machine, and of what a
+# guest's kernel looks for in its CPU.
+HARMLESS = re.compile(r"hrtimer: interrupt took|"
+                      r"Unhandled WRMSR\(0xc0010007\)|user requested TSC rate below hardware speed")
+BOOT_TIMEOUT = 300
 
 start = time.monotonic()
 failed = 0
@@ -81,11 +83,12 @@ def qemu_options():
         if option.startswith("virtio-gpu-pci"):
             options[i] += f",xres={WIDTH},yres={HEIGHT}"
     return options + [
-        # As in tools/boot, or the guest's kernel clears memory byte by byte.
-        "-accel", "tcg", "-cpu", "max,-erms,-fsrm", "-no-reboot",
+        # 7.3's small kernel has no interrupt controllers for guests: QEMU brings its own.
+        "-accel", "kvm,kernel-irqchip=split", "-no-reboot",
         "-nodefaults", "-no-user-config", "-display", "none",
         "-kernel", RUN + "/bzImage", "-initrd", RUN + "/initramfs",
-        "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init",
+        "-append", "console=ttyS0 panic=-1 vt.global_cursor_default=0 initcall_blacklist=vkms_init "
+                   "nohz=off highres=off",
         "-serial", f"file:{RUN}/guest.log",
         "-serial", f"unix:{RUN}/guest,server=on,wait=off",
         "-qmp", f"unix:{RUN}/qmp,server=on,wait=off"]
@@ -108,7 +111,7 @@ def kernel_log():
     log = subprocess.run(["dmesg", "--level=emerg,alert,crit,err,warn"],
                          capture_output=True, text=True, check=True).stdout
     return [line for line in log.rpartition(MARK)[2].splitlines()[1:]
-            if not SLOW.search(line)]
+            if not HARMLESS.search(line)]
 
 
 class Peer:
@@ -174,7 +177,8 @@ def check_screen(qmp, number, checksum):
         if same:
             break
         time.sleep(1)
-    wrong = sum(picture[i:i + 4] != pixels[i:i + 4] for i in range(0, len(picture), 4))
+    wrong = 0 if pixels.startswith(picture) else sum(
+        picture[i:i + 4] != pixels[i:i + 4] for i in range(0, len(picture), 4))
     check(size == f"{WIDTH} {HEIGHT}" and not wrong,
           f"picture {number} is on the screen ({wrong} of {len(picture) // 4} pixels differ)")
     check(same and any(pixels[len(picture):]),
@@ -205,6 +209,8 @@ def main():
             file.write(pages)
     os.mkdir(RUN)
     os.chown(RUN, USER, group)
+    # systemd's own rules give this to those who sit at a machine.
+    os.chmod("/dev/kvm", 0o666)
     for name in ("bzImage", "initramfs"):
         shutil.copyfile(f"{OUT}/{name}", f"{RUN}/{name}")
     with open("/dev/kmsg", "w") as file:

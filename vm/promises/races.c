@@ -229,7 +229,9 @@ static void *rival_thread(void *arg)
 			/* Nobody races: find out how long the other takes. */
 			for (length = 0; !atomic_load(&rival.over) && length < 10000000; length++)
 				;
-			rival.length = length;
+			/* Whoever had to wait for a CPU meanwhile took longer than usual. */
+			if (length && (!rival.length || length < rival.length))
+				rival.length = length;
 		}
 		atomic_store(&rival.done, round);
 	}
