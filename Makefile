@@ -15,7 +15,7 @@ help:
 #:: make demo     QEMU's virtio-gpu on it, its framebuffer in a udmabuf (HUGETLB=off: on shmem)
 #:: make test     what must hold before a change lands
 #:: make test-all the same, and what takes hours: stock, debug, odd and broken kernels
-#:: make bench    compare what udmabuf costs with the stock kernel and 6.12, in docs/bench.md
+#:: make bench    compare what udmabuf costs on all bases, stock and patched, in docs/bench.md
 #:: make dist     the series, cover letter and documentation as one tarball in out/BASE/dist
 #:: make deb      Debian packages in out/BASE/deb, configured as your kernel is (or CONFIG=FILE)
 #:: make clean    remove build/ and out/; linux/ too, unless it holds work

@@ -10,15 +10,9 @@
  * VM: MEM=2048 SMP=2
  */
 
-#include "promise.h"
-
-#include <linux/kvm.h>
+#include "guest.h"
 
 #define SIZE (4 * MIB)
-#define CODE 0x1000
-#define INPUT 0x2000
-#define OUTPUT 0x3000
-#define PORT 0x10
 
 static struct {
 	const struct kind *kind;
@@ -27,15 +21,7 @@ static struct {
 	char *mem, *map;		/* the memfd's view, and the buffer's */
 } t;
 
-/* Real mode: OUTPUT becomes what INPUT is, and one more; so does what goes to PORT. */
-static const unsigned char increment[] = {
-	0xa0, INPUT & 0xff, INPUT >> 8,		/* mov al, [INPUT] */
-	0xfe, 0xc0,				/* inc al */
-	0xa2, OUTPUT & 0xff, OUTPUT >> 8,	/* mov [OUTPUT], al */
-	0xe6, PORT,				/* out PORT, al */
-};
-
-/* The same, without OUTPUT. */
+/* As increment, without OUTPUT. */
 static const unsigned char increment_only[] = {
 	0xa0, INPUT & 0xff, INPUT >> 8,
 	0xfe, 0xc0,
@@ -81,49 +67,9 @@ FIXTURE_TEARDOWN(guest)
 	EXPECT_SAME_BOOKS(t.before);
 }
 
-/* Returns what the guest sent to PORT; negative: an errno, or minus what KVM gave up for. */
-static int run_at(int vcpu, struct kvm_run *run)
-{
-	struct kvm_sregs sregs;
-	struct kvm_regs regs = { .rip = CODE, .rflags = 2 };
-
-	if (ioctl(vcpu, KVM_GET_SREGS, &sregs))
-		return -errno;
-	sregs.cs.base = 0;
-	sregs.cs.selector = 0;
-	if (ioctl(vcpu, KVM_SET_SREGS, &sregs) || ioctl(vcpu, KVM_SET_REGS, &regs) ||
-	    ioctl(vcpu, KVM_RUN, 0))
-		return -errno;
-	if (run->exit_reason != KVM_EXIT_IO || run->io.port != PORT)
-		return -1000 - (int)run->exit_reason;
-	return *((unsigned char *)run + run->io.data_offset);
-}
-
-/* A guest whose memory is the buffer, from address 0 on. */
 static int run_guest(struct __test_metadata *_metadata, __u32 flags)
 {
-	struct kvm_userspace_memory_region memory = {
-		.flags = flags, .memory_size = SIZE, .userspace_addr = (uintptr_t)t.map,
-	};
-	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, vcpu, ret;
-	struct kvm_run *run;
-	long size;
-
-	ASSERT_LE(0, kvm);
-	vm = ioctl(kvm, KVM_CREATE_VM, 0);
-	ASSERT_LE(0, vm);
-	ASSERT_EQ(0, ioctl(vm, KVM_SET_USER_MEMORY_REGION, &memory));
-	vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
-	ASSERT_LE(0, vcpu);
-	size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-	run = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
-	ASSERT_NE(MAP_FAILED, run);
-	ret = run_at(vcpu, run);
-	munmap(run, size);
-	close(vcpu);
-	close(vm);
-	close(kvm);
-	return ret;
+	return run_guest_in(_metadata, t.map, SIZE, flags, NULL);
 }
 
 /* All but the pages of the guest are as they were, and both views are still of one memory. */
