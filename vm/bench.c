@@ -93,7 +93,8 @@ static long kernel_bytes(void)
 
 /*
  * What went before has its last memory given back a grace period later, and leaves free objects in
- * slabs, which would hide what a large buffer takes. A small one finds them there in real life.
+ * slabs, which would hide what a large buffer takes, or count for it. A small one finds them there in
+ * real life.
  */
 static void settle(size_t size)
 {
@@ -227,6 +228,7 @@ static bool life(const struct kind *kind, size_t size, bool holes, unsigned int 
 		close(memfd);
 		return false;
 	}
+	settle(size);
 	values[METADATA] = kernel_bytes() - before;
 
 	for (int i = FIRST_SYNC; i <= NEXT_SYNC; i++) {
