@@ -103,7 +103,7 @@ static void settle(size_t size)
 	usleep(100000);
 	if (size < 64 * MIB)
 		return;
-	glob("/sys/kernel/slab/*kmalloc-*/shrink", 0, NULL, &slabs);
+	glob("/sys/kernel/slab/*/shrink", 0, NULL, &slabs);
 	for (size_t i = 0; i < slabs.gl_pathc; i++)
 		write_file(slabs.gl_pathv[i], "1");
 	globfree(&slabs);
@@ -213,7 +213,7 @@ static bool life(const struct kind *kind, size_t size, bool holes, unsigned int 
 	int memfd = new_memfd(kind, size), fd;
 	bool maps = hugetlb_maps || !kind->flags;
 	unsigned long t;
-	long before;
+	long before, after;
 	char *at;
 
 	if (!holes)
@@ -229,7 +229,8 @@ static bool life(const struct kind *kind, size_t size, bool holes, unsigned int 
 		return false;
 	}
 	settle(size);
-	values[METADATA] = kernel_bytes() - before;
+	after = kernel_bytes();
+	values[METADATA] = after > before ? after - before : 0;
 
 	for (int i = FIRST_SYNC; i <= NEXT_SYNC; i++) {
 		t = now();
